@@ -1,0 +1,430 @@
+"""Person re-identification data: published sets, the identity sampler, transforms, a toy drawn with Pillow.
+
+Usage:
+    splits = load_dataset("market1501", "datasets")     # {"train": Split, "query": Split, "gallery": Split}
+    train = splits["train"]
+    sampler = IdentitySampler(train.labels, ids_per_batch=32, images_per_id=4)
+    loader = DataLoader(ImageDataset(train.paths, 384, 128), batch_sampler=sampler)
+    images, indices = next(iter(loader))                # (128, 3, 384, 128) uint8, (128,)
+    batch, labels = augment(images), train.labels[indices]
+"""
+
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
+from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor
+from torch.utils.data import Dataset
+
+FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
+
+
+class Source(NamedTuple):
+    """A data set: the folders its archive unpacks to, and Table 1's (images, identities) of each split."""
+
+    folders: tuple[str, ...]
+    counts: dict[str, tuple[int, int]]
+
+
+DATASETS = {
+    "toy": Source(("toy",), {"train": (768, 64), "query": (200, 50), "gallery": (250, 50)}),
+    "market1501": Source(  # the gallery of Table 1, 19,732, less its 3,819 junk images (Sec. 3.1)
+        ("market1501", "Market-1501-v15.09.15"),
+        {"train": (12936, 751), "query": (3368, 750), "gallery": (15913, 750)},
+    ),
+    "dukemtmc": Source(
+        ("dukemtmc-reid", "DukeMTMC-reID"),
+        {"train": (16522, 702), "query": (2228, 702), "gallery": (17661, 1110)},
+    ),
+    "cuhk03": Source(
+        ("cuhk03-np/labeled", "CUHK03-NP/labeled"),
+        {"train": (7368, 767), "query": (1400, 700), "gallery": (5328, 700)},
+    ),
+    "cuhk03-detected": Source(
+        ("cuhk03-np/detected", "CUHK03-NP/detected"),
+        {"train": (7365, 767), "query": (1400, 700), "gallery": (5332, 700)},
+    ),
+}
+
+
+class DataError(ValueError):
+    """Data that is missing or cannot be used; the message is one line for the user."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data sets in the Market-1501 layout
+
+
+class Split(NamedTuple):
+    """The images of one folder, sorted by name."""
+
+    paths: list[str]
+    ids: np.ndarray  # (N,) identities as in the file names; 0 is a distractor
+    cams: np.ndarray  # (N,) cameras
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) the identities renumbered from 0, for a classifier."""
+        return torch.from_numpy(np.unique(self.ids, return_inverse=True)[1])
+
+    @property
+    def num_ids(self) -> int:
+        return len(np.unique(self.ids[self.ids > 0]))
+
+
+def load_dataset(name: str, data_dir: str | Path) -> dict[str, Split]:
+    """The train, query and gallery split of a set of DATASETS that lies under data_dir.
+
+    The toy is drawn on first use. Raises DataError where the set is missing, empty, nested in a
+    further folder, or holds an image whose name does not parse.
+    """
+    candidates = [Path(data_dir, folder) for folder in DATASETS[name].folders]
+    if name == "toy" and not candidates[0].exists():
+        draw_toy(candidates[0])
+    root = next((folder for folder in candidates if folder.is_dir()), None)
+    if root is None:
+        raise DataError(
+            f"{name} is not there: no folder {' or '.join(map(str, candidates))}; README.md says where to get it, "
+            "--data-dir where it lies"
+        )
+    return {split: read_split(root / folder) for split, folder in FOLDERS.items()}
+
+
+def read_split(folder: Path) -> Split:
+    """The images of a folder by their names, <identity>_c<camera>... as in 0002_c1s1_000451_03.jpg.
+
+    Junk (identity -1) and files that are no images are passed over. Raises DataError.
+    """
+    if not folder.is_dir():
+        nested = next(folder.parent.glob(f"*/{folder.name}"), None)
+        hint = f"it is in {nested.parent}: move that folder's content up" if nested else "unpack the archive again"
+        raise DataError(f"{folder} is missing; {hint}")
+    paths, ids, cams = [], [], []
+    for file in sorted(os.listdir(folder)):
+        if file.startswith(".") or not file.lower().endswith(EXTENSIONS):
+            continue
+        match = re.match(r"(-1|\d+)_c(\d+)[s_.]", file)
+        if match is None:
+            raise DataError(
+                f"{folder / file}: the name does not say who and where; expected <identity>_c<camera>_..., as in "
+                "0002_c1s1_000451_03.jpg"
+            )
+        if match[1] != "-1":
+            paths.append(str(folder / file))
+            ids.append(int(match[1]))
+            cams.append(int(match[2]))
+    if not paths:
+        raise DataError(f"{folder} holds no images ({', '.join(EXTENSIONS)}); unpack the archive again")
+    return Split(paths, np.array(ids), np.array(cams))
+
+
+def describe(name: str, splits: dict[str, Split]) -> str:
+    """The counts of each split beside Table 1's, with a note where they differ."""
+    lines = [f"{name:<16}{'images':>8}{'identities':>12}{'cameras':>9}"]
+    differs = False
+    for split, (images, identities) in DATASETS[name].counts.items():
+        found = splits[split]
+        line = f"  {split:<14}{len(found.paths):>8,}{found.num_ids:>12,}{len(np.unique(found.cams)):>9}"
+        if (len(found.paths), found.num_ids) != (images, identities):
+            differs = True
+            line += f"   published: {images:,} of {identities:,}"
+        lines.append(line)
+    if differs:
+        lines.append("note: these are not the published counts; figures do not compare with others'")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Images and batches
+
+
+class ImageDataset(Dataset):
+    """Image files, resized: [index] -> ((3, height, width) uint8 RGB, index)."""
+
+    def __init__(self, paths: Sequence[str], height: int, width: int) -> None:
+        self.paths, self.height, self.width = paths, height, width
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = read_image(self.paths[index]).resize((self.width, self.height), Image.Resampling.BILINEAR)
+        return TF.pil_to_tensor(image), index
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An image file as 8-bit RGB, whatever its own mode. Raises DataError naming the file."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16-bit grey, which convert would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).replace(f" '{path}'", "").replace(f": '{path}'", "")
+        raise DataError(f"cannot read the image {path} ({reason}); replace or remove it") from error
+
+
+def normalize(images: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 on any device -> normalised floats, channels-last (the test transform, Sec. 3.2)."""
+    mean, std = imagenet_statistics(images.device)
+    return (images.to(torch.float32, memory_format=torch.channels_last) - mean) / std
+
+
+@cache  # moved to a device once: a GPU would wait for a copy in every batch
+def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of RGB in [0, 255], each (3, 1, 1)."""
+    mean, std = torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)]) * 255
+    return mean[:, None, None].to(device), std[:, None, None].to(device)
+
+
+def augment(images: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 on any device -> the training transform: flip, normalise, cutout (Sec. 3.2).
+
+    On whole batches, where the network is: workers pass on a quarter of the bytes and need no random state.
+    """
+    flipped = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return cutout(normalize(torch.where(flipped, images.flip(3), images)))
+
+
+def cutout(images: Tensor, probability: float = 0.5) -> Tensor:
+    """Fill one random square of an image with 0, wholly inside it: (B, C, H, W) -> same ([8], Sec. 3.2).
+
+    Its side is 64 pixels at 384 x 128, and the same share of the area, 1/12, at any other size. (RandomErasing
+    does the same to one image at a time, at which a GPU would wait for each.)
+    """
+    batch, _, height, width = images.shape
+    side = round(math.sqrt(height * width / 12))
+
+    def random_interval(size: int) -> Tensor:  # (B, size) bool
+        start = torch.randint(size - side + 1, (batch, 1), device=images.device)
+        position = torch.arange(size, device=images.device)
+        return (start <= position) & (position < start + side)
+
+    square = random_interval(height)[:, None, :, None] & random_interval(width)[:, None, None]  # (B, 1, H, W)
+    chosen = torch.rand(batch, 1, 1, 1, device=images.device) < probability
+    return images.masked_fill(square & chosen, 0)
+
+
+class IdentitySampler:
+    """Batches of P identities x K images, each identity once an epoch (Sec. 3.2): a batch_sampler.
+
+    labels (N,) identities of the images; yields lists of indices, the K images of an identity side by
+    side, drawn with replacement if it has fewer. An epoch is a function of seed and epoch alone: call
+    set_epoch before each. Of each global batch, process `rank` of `world_size` takes its P / world_size
+    identities. The identities left over when P does not divide their number sit out an epoch.
+
+    Raises DataError where there are fewer identities than P, ValueError where world_size does not divide P.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int] | np.ndarray | Tensor,
+        ids_per_batch: int = 32,
+        images_per_id: int = 4,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        labels = np.asarray(labels)
+        order = np.argsort(labels, kind="stable")
+        _, starts = np.unique(labels[order], return_index=True)
+        self.images_of_id = np.split(order, starts[1:])
+        if len(self.images_of_id) < ids_per_batch:
+            raise DataError(
+                f"the training set has {len(self.images_of_id)} identities, a batch takes {ids_per_batch}; "
+                "lower --ids-per-batch"
+            )
+        if ids_per_batch % world_size:
+            raise ValueError(f"{world_size} processes cannot share {ids_per_batch} identities a batch alike")
+        self.ids_per_batch, self.images_per_id, self.seed = ids_per_batch, images_per_id, seed
+        self.rank, self.share = rank, ids_per_batch // world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.images_of_id) // self.ids_per_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.images_of_id))
+        # Drawn for every identity, so that all processes draw alike.
+        images = [
+            rng.choice(self.images_of_id[i], self.images_per_id, replace=len(self.images_of_id[i]) < self.images_per_id)
+            for i in order
+        ]
+        for batch in range(len(self)):
+            start = batch * self.ids_per_batch + self.rank * self.share
+            yield np.concatenate(images[start : start + self.share]).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The toy: pedestrians drawn with Pillow, in the Market-1501 layout, the same bytes every time
+
+COLOURS = [
+    "#b3282d",
+    "#d98032",
+    "#d9c24a",
+    "#3f7d4a",
+    "#3b8f9c",
+    "#2f4f96",
+    "#6d4a8c",
+    "#c98aa2",
+    "#e6e3dc",
+    "#8a8d90",
+    "#26262b",
+    "#6b4a33",
+]
+SKINS, HAIRS = ["#f0c8a8", "#c98f68", "#8a5a3c", "#5a3a2a"], ["#1c1815", "#4a3122", "#a8793f", "#9a9a96"]
+TOY_CAMERAS = 4
+
+
+def draw_toy(folder: Path) -> None:
+    """64 training identities of 4 cameras x 3 images; 50 others of 4 x 2, and 50 distractors (identity 0).
+
+    Drawn beside the folder and renamed, so that it is whole or not there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="toy-", dir=folder.parent))
+    for name in FOLDERS.values():
+        (scratch / name).mkdir()
+
+    def draw(split: str, identity: int, person: int, camera: int, image: int) -> None:
+        name = f"{identity:04d}_c{camera}_{person:04d}_{image}.png"
+        draw_pedestrian(person, camera, image).save(scratch / FOLDERS[split] / name)
+
+    for camera in range(1, TOY_CAMERAS + 1):
+        for person in range(1, 65):
+            for image in range(3):
+                draw("train", person, person, camera, image)
+        for person in range(65, 115):
+            draw("query", person, person, camera, 0)
+            draw("gallery", person, person, camera, 1)
+    for person in range(115, 165):
+        draw("gallery", 0, person, 1 + person % TOY_CAMERAS, 0)
+    try:
+        scratch.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(scratch)
+
+
+def draw_pedestrian(person: int, camera: int, image: int) -> Image.Image:
+    """A street camera's crop, 64 x 128 pixels: the same person, camera and image number, the same picture."""
+    who, where, when = (np.random.default_rng(key) for key in ((0, person), (1, camera), (2, person, camera, image)))
+
+    # Who: build, hair, garments with pattern, bag, shoes
+    build, tall = who.uniform(0.85, 1.25), who.uniform(0.9, 1.06)
+    skin, hair = who.choice(SKINS), who.choice(HAIRS)
+    top, second, bottom, shoe, bag_colour = who.choice(COLOURS, 5)
+    haircut = who.choice(["short", "long", "bald", "cap"])
+    pattern = who.choice(["plain", "stripes", "bars", "checks", "halves", "print"])
+    legwear = who.choice(["trousers", "trousers", "shorts", "skirt"])
+    long_sleeves, bag = who.random() < 0.5, who.choice(["none", "backpack", "shoulder", "hand"])
+
+    # Where: viewpoint, background, light
+    zoom, facing, blur = where.uniform(0.8, 1.0), (camera - 1) % 3, where.uniform(0.3, 1.3)
+    wall, floor = (where.uniform(70, 190) + where.uniform(-14, 14, 3) for _ in range(2))
+    horizon, cast, gain = where.uniform(0.3, 0.6), where.uniform(0.65, 1.35, 3), where.uniform(0.6, 1.25)
+
+    # When: pose and place, in pixels of a canvas of twice the size
+    size = 216 * zoom * tall * when.uniform(0.93, 1.05)
+    x, feet, swing = when.normal(64, 6), when.normal(246, 4), when.uniform(-1, 1)
+    back = facing == 1 if when.random() < 0.8 else facing != 1
+    width = size * 0.13 * build * (0.75 if facing == 2 else 1)
+
+    def at(dx: float, height: float) -> tuple[float, float]:  # in half-widths from the axis, in heights
+        return x + dx * width, feet - height * size
+
+    def shade(colour: np.ndarray, brightness: float = 1) -> tuple[int, ...]:
+        return tuple(np.clip(colour * brightness, 0, 255).astype(int).tolist())
+
+    canvas = Image.new("RGB", (128, 256), shade(wall))
+    draw = ImageDraw.Draw(canvas)
+    line = 256 * horizon
+    for left in range(-20 + int(when.integers(20)), 128, 34):  # shop fronts
+        draw.rectangle(
+            (left, line * when.uniform(0.1, 0.5), left + 22, line), fill=shade(wall, when.uniform(0.75, 1.2))
+        )
+    draw.rectangle((0, line, 128, 256), fill=shade(floor))
+    for y in range(int(line) + 12, 256, 30):  # paving
+        draw.line((0, y, 128, y), fill=shade(floor, 0.88), width=2)
+    draw.ellipse((x - 1.8 * width, feet - 9, x + 2.2 * width, feet + 9), fill=shade(floor, 0.6))
+
+    limb, stride = int(width * 0.62), swing * (0.9 if facing == 2 else 0.35)
+    for side in (-1, 1):  # legs and shoes
+        hip, knee, ankle = at(side * 0.4, 0.5), at(side * (0.45 + stride / 2), 0.27), at(side * (0.42 + stride), 0.04)
+        draw.line((hip, knee, ankle), fill=skin, width=int(limb * 0.75), joint="curve")
+        if legwear != "skirt":
+            draw.line(
+                (hip, knee) if legwear == "shorts" else (hip, knee, ankle), fill=bottom, width=limb, joint="curve"
+            )
+        draw.ellipse((ankle[0] - limb * 0.75, ankle[1] - 5, ankle[0] + limb * 0.75, ankle[1] + 9), fill=shoe)
+    if legwear == "skirt":
+        draw.polygon((at(-0.75, 0.52), at(0.75, 0.52), at(1.15, 0.28), at(-1.15, 0.28)), fill=bottom)
+    if bag == "backpack" and not back:
+        draw.rounded_rectangle((*at(-1.15, 0.8), *at(1.15, 0.56)), 8, fill=bag_colour)
+
+    torso = Image.new("L", canvas.size)
+    ImageDraw.Draw(torso).polygon(
+        (at(-0.6, 0.83), at(0.6, 0.83), at(1, 0.78), at(0.8, 0.47), at(-0.8, 0.47), at(-1, 0.78)), fill=255
+    )
+    cloth = Image.new("RGB", canvas.size, top)
+    weave = ImageDraw.Draw(cloth)
+    step = max(int(size * 0.055), 4)
+    if pattern in ("stripes", "checks"):
+        for y in range(int(feet - size), int(feet), 2 * step):
+            weave.rectangle((0, y, 128, y + step - 1), fill=second)
+    if pattern in ("bars", "checks"):
+        for left in range(int(x) % (2 * step), 128, 2 * step):
+            weave.rectangle((left, 0, left + step - 1, 256), fill=second)
+    if pattern == "halves":
+        weave.rectangle((0, 0, 128, at(0, 0.66)[1]), fill=second)
+    if pattern == "print":
+        weave.ellipse((*at(-0.45, 0.76), *at(0.45, 0.6)), fill=second)
+    canvas.paste(cloth, mask=torso)
+    for side in (-1, 1):  # arms
+        shoulder, elbow, hand = at(side * 0.9, 0.79), at(side * 1.25, 0.63), at(side * (1.2 + 0.4 * swing), 0.47)
+        draw.line((shoulder, elbow, hand), fill=skin, width=int(limb * 0.5), joint="curve")
+        draw.line((shoulder, elbow, hand) if long_sleeves else (shoulder, elbow), fill=top, width=int(limb * 0.62))
+
+    draw.rectangle((*at(-0.22, 0.87), *at(0.22, 0.81)), fill=skin)
+    radius = size * 0.062
+    head_x, head_y = at(0, 0.92)
+    head = (head_x - radius, head_y - radius * 1.2, head_x + radius, head_y + radius * 1.2)
+    if haircut == "long":
+        draw.rounded_rectangle((head[0] - 4, head[1] - 3, head[2] + 4, head[3] + radius * 1.2), 9, fill=hair)
+    draw.ellipse(head, fill=hair if back and haircut != "bald" else skin)
+    if haircut != "bald":
+        draw.chord(
+            (head[0] - 2, head[1] - 3, head[2] + 2, head[3]), 175, 365, fill=bag_colour if haircut == "cap" else hair
+        )
+    if bag == "backpack" and back:
+        draw.rounded_rectangle((*at(-0.75, 0.81), *at(0.75, 0.55)), 8, fill=bag_colour)
+    elif bag == "shoulder":
+        draw.line((at(-0.7, 0.82), at(0.9, 0.52)), fill=bag_colour, width=5)
+        draw.rectangle((*at(0.6, 0.55), *at(1.5, 0.44)), fill=bag_colour)
+    elif bag == "hand":
+        draw.rectangle((*at(1.0, 0.46), *at(1.75, 0.33)), fill=bag_colour)
+
+    if when.random() < 0.35:  # something in front: a post, a car, a passer-by's shoulder
+        edge = int(when.integers(0, 128))
+        boxes = [(edge, 0, edge + 12, 256), (0, 256 - int(when.integers(20, 70)), 128, 256), (edge, 90, edge + 50, 256)]
+        draw.rounded_rectangle(boxes[camera % 3], 6, fill=shade(when.uniform(40, 170) + when.uniform(-30, 30, 3)))
+
+    pixels = np.asarray(
+        canvas.filter(ImageFilter.GaussianBlur(blur * 2)).resize((64, 128), Image.Resampling.BOX), float
+    )
+    pixels = pixels * cast * gain * when.uniform(0.85, 1.15) + when.normal(0, 5, pixels.shape)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))

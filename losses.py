@@ -1,0 +1,79 @@
+"""The losses of SONA-Net: batch-hard triplet and label-smoothed cross-entropy, on both branches (Sec. 2.1).
+
+Usage:
+    loss, parts = branch_losses(model(images), labels)
+    loss.backward()
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def batch_hard_triplet_loss(embeddings: Tensor, labels: Tensor, margin: float | None = None) -> Tensor:
+    """Triplet loss of each anchor's farthest positive and nearest negative ([12], Eq. 5).
+
+    embeddings (B, D) floats, labels (B,) integers; returns a scalar in float32 or wider, also inside
+    autocast. With margin None the soft margin, mean of softplus(d_ap - d_an); with a number the hard
+    one, mean of relu(margin + d_ap - d_an). Distances are Euclidean, on embeddings as they are, not
+    normalised. An anchor alone in its identity is its own positive, at distance 0; in a batch of one
+    identity the soft loss is 0, as there is no triplet.
+
+    Raises ValueError where the shapes do not fit.
+    """
+    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
+        raise ValueError(
+            f"embeddings must be (B, D) and labels (B,), not {tuple(embeddings.shape)} and {tuple(labels.shape)}"
+        )
+    with torch.autocast(embeddings.device.type, enabled=False):
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        # From differences, not from |a|^2 - 2ab + |b|^2, which cancels far from the origin. The
+        # gradient at distance 0 is 0.
+        distances = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
+        same_identity = labels[:, None] == labels  # (B, B)
+        hardest_positive = distances.masked_fill(~same_identity, -torch.inf).amax(1)
+        hardest_negative = distances.masked_fill(same_identity, torch.inf).amin(1)
+        gap = hardest_positive - hardest_negative
+        return (F.softplus(gap) if margin is None else F.relu(gap + margin)).mean()
+
+
+def branch_losses(
+    outputs: list[tuple[Tensor, Tensor]], labels: Tensor, margin: float | None = None, smoothing: float = 0.1
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of both losses of both branches, to call backward on, and its parts, to log.
+
+    outputs are the network's [(embedding (B, D), logits (B, classes)), ...], global branch first; labels
+    (B,). The parts are detached scalars: each branch's triplet loss, cross-entropy and accuracy (the
+    share of images whose identity it names).
+
+    Under DistributedDataParallel triplets are mined over the global batch, as DataParallel did for the
+    authors (Sec. 3.2). DDP averages the processes' gradients: right for the cross-entropy, a mean over
+    each one's images. Of the triplet loss, each process has the derivative by its own embeddings only,
+    one of the terms of a sum; times the number of processes, DDP's average is that sum. The total that
+    this returns is scaled so; the parts are not, and the cross-entropy's is this process's own.
+    """
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    all_labels = gather(labels)
+    total, parts = torch.zeros((), device=labels.device), {}
+    for branch, (embedding, logits) in zip(("global", "local"), outputs, strict=True):
+        triplet = batch_hard_triplet_loss(gather(embedding), all_labels, margin)
+        cross_entropy = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        total = total + processes * triplet + cross_entropy
+        parts[f"{branch}_triplet"] = triplet.detach()
+        parts[f"{branch}_cross_entropy"] = cross_entropy.detach()
+        parts[f"{branch}_accuracy"] = (logits.argmax(1) == labels).float().mean()
+    return total, parts
+
+
+def gather(x: Tensor) -> Tensor:
+    """(B, ...) of each process -> (processes * B, ...) on all, in the order of their ranks.
+
+    Only this process's own slot carries a gradient. Without torch.distributed returns x itself.
+    """
+    if not dist.is_initialized():
+        return x
+    slots = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(slots, x.detach().contiguous())
+    slots[dist.get_rank()] = x
+    return torch.cat(slots)

@@ -1,0 +1,255 @@
+"""SONA-Net: second-order non-local attention for person re-identification (Xia et al., ICCV 2019).
+
+Fig. 2:
+    images (B, 3, 384, 128)
+      -> ResNet-50, stages 3 and 4 dilated              (B, 2048, 48, 16)    Sec. 2.1
+         with SONA after stage 2, stage 3 or both                            Sec. 2.2, Eq. 1-3
+      -> global branch: average pool, reduce            (B,  512)
+      -> local branch:  bottleneck, DropBlock+,
+                        max pool, reduce                (B, 1024)
+
+Usage:
+    model = SONANet(num_classes=767, sona="2", weights="imagenet")
+    [(global_embedding, global_logits), (local_embedding, local_logits)] = model.train()(images)
+    embedding = model.eval()(images)                    # (B, 1536)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import ResNet50_Weights, resnet50
+from torchvision.models.resnet import Bottleneck, ResNet
+
+PLACEMENTS = {  # where SONA stands: after stage 2, after stage 3, after stage 4 on a branch (Sec. 3.3, 3.4)
+    "none": (),
+    "2": ("stage2",),
+    "3": ("stage3",),
+    "2+3": ("stage2", "stage3"),
+    "4-global": ("global",),
+    "4-local": ("local",),
+    "4-both": ("global", "local"),
+}
+DROPS = ("none", "dropblock", "dropblock+", "bfe")
+
+
+class WeightsError(ValueError):
+    """Pretrained weights that cannot be had or do not fit; the message is one line for the user."""
+
+
+class SONA(nn.Module):
+    """Second-order non-local attention: a residual block, (B, C, H, W) -> (B, C, H, W) (Sec. 2.2).
+
+    Every position attends to every other with the covariance of their d = C / r features,
+
+        Sigma = theta(x) I_bar theta(x)^T,    I_bar = (I - 11^T / d) / d             (1)
+        z = softmax(Sigma / sqrt(d)) g(x)                                            (2)
+        SONA(x) = x + p(z)                                                           (3)
+
+    I - 11^T / d is idempotent: it takes from a vector its own mean. With theta_c = theta less its
+    mean over channels, Sigma = theta_c theta_c^T / d, so Eq. 2 is scaled-dot-product attention with
+    query = key = theta_c, value = g(x) and scale d^-1.5, which needs no (HW, HW) matrix in memory.
+
+    p starts at zero, so that SONA starts as the identity on pretrained features.
+    """
+
+    def __init__(self, channels: int, reduction: int = 2) -> None:
+        super().__init__()
+        reduced = channels // reduction
+        self.theta = nn.Sequential(nn.Conv2d(channels, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.LeakyReLU())
+        self.g = nn.Conv2d(channels, reduced, 1)
+        self.p = nn.Conv2d(reduced, channels, 1)
+        nn.init.zeros_(self.p.weight)
+        nn.init.zeros_(self.p.bias)
+
+    def centred_theta(self, x: Tensor) -> Tensor:
+        """theta(x) less its mean over channels: (B, C, H, W) -> (B, HW, d)."""
+        theta = tokens(self.theta(x))
+        return theta - theta.mean(2, keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta, g = self.centred_theta(x), tokens(self.g(x))  # (B, HW, d)
+        z = F.scaled_dot_product_attention(  # one head: (B, 1, HW, d)
+            theta[:, None], theta[:, None], g[:, None], scale=theta.shape[2] ** -1.5
+        )
+        z = z[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (B, d, H, W)
+        return x + self.p(z)
+
+    def attention(self, x: Tensor) -> Tensor:
+        """The attention map of Eq. 2, (B, HW, HW) with rows that sum to 1; for looking at (Fig. 3)."""
+        theta = self.centred_theta(x)
+        return (theta @ theta.transpose(1, 2) * theta.shape[2] ** -1.5).softmax(2)
+
+
+def tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, HW, C), channels contiguous as the fused attention kernels require.
+
+    No copy is made where the map is channels-last already.
+    """
+    return x.flatten(2).transpose(1, 2).contiguous()
+
+
+class DropBlockPlus(nn.Module):
+    """DropBlock with a block of its own height and width: (B, C, H, W) -> same (Sec. 2.1).
+
+    drop_rate is the share of positions to drop (the gamma of Sec. 3.2). One mask per image, shared
+    by its channels; what is kept is rescaled so that the mask's mean is 1. Identity in eval mode.
+    A block larger than the map is cut to the map.
+    """
+
+    def __init__(self, drop_rate: float = 0.1, block_height: int = 5, block_width: int = 8) -> None:
+        super().__init__()
+        self.drop_rate, self.block_height, self.block_width = drop_rate, block_height, block_width
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        height, width = x.shape[2:]
+        block_height, block_width = min(self.block_height, height), min(self.block_width, width)
+        # A seed is the corner of a block that lies wholly inside the map. Each drops a block's area,
+        # hence the seed rate (Ghiasi et al. 2018, Eq. 1).
+        rows, columns = height - block_height + 1, width - block_width + 1
+        seed_rate = self.drop_rate / (block_height * block_width) * (height * width) / (rows * columns)
+        seeds = (torch.rand(len(x), 1, rows, columns, device=x.device) < seed_rate).float()
+        margins = (block_width - 1, block_width - 1, block_height - 1, block_height - 1)
+        mask = 1 - F.max_pool2d(F.pad(seeds, margins), (block_height, block_width), stride=1)  # (B, 1, H, W)
+        mask = mask / mask.mean((2, 3), keepdim=True).clamp(min=1 / (height * width))
+        return x * mask.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.drop_rate}, block={self.block_height}x{self.block_width}"
+
+
+class BatchDropBlock(nn.Module):
+    """BFE's drop layer: one rectangle for the whole batch, (B, C, H, W) -> same (BL+BFE, Sec. 3.4).
+
+    The ratios are the rectangle's height and width as shares of the map's. Identity in eval mode.
+    """
+
+    def __init__(self, height_ratio: float, width_ratio: float) -> None:
+        super().__init__()
+        self.height_ratio, self.width_ratio = height_ratio, width_ratio
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        dropped_rows = self._random_interval(x.shape[2], self.height_ratio, x.device)
+        dropped_columns = self._random_interval(x.shape[3], self.width_ratio, x.device)
+        return x.masked_fill(dropped_rows[:, None] & dropped_columns, 0)
+
+    @staticmethod
+    def _random_interval(size: int, ratio: float, device: torch.device) -> Tensor:
+        """(size,) bool: True on a random run of round(ratio * size) positions."""
+        length = round(ratio * size)
+        start = torch.randint(size - length + 1, (1,), device=device)
+        position = torch.arange(size, device=device)
+        return (start <= position) & (position < start + length)
+
+    def extra_repr(self) -> str:
+        return f"{self.height_ratio:.3g}, {self.width_ratio:.3g}"
+
+
+class SONANet(nn.Module):
+    """The network of Fig. 2. Keep it and its input channels-last: it is faster.
+
+    sona     where SONA stands, a key of PLACEMENTS
+    drop     the local branch's drop layer, one of DROPS: none (BL), dropblock (BL+DB, 7x7 blocks),
+             dropblock+ (BL+DB+), bfe (BL+BFE, a third of the height, full width)
+    weights  of the backbone: None, "imagenet", or the path of a ResNet-50 state dict
+
+    Input: (B, 3, height, width) floats, normalised; height and width in multiples of 8.
+    In training mode returns [(global_embedding (B, 512), global_logits (B, num_classes)),
+    (local_embedding (B, 1024), local_logits (B, num_classes))]; in eval mode the test embedding,
+    the two embeddings concatenated (B, 1536).
+
+    Raises ValueError for an unknown sona or drop, WeightsError for weights that cannot be loaded.
+    """
+
+    def __init__(self, num_classes: int, sona: str = "2", drop: str = "dropblock+", weights: str | None = None) -> None:
+        super().__init__()
+        if sona not in PLACEMENTS:
+            raise ValueError(f"sona is {sona!r}; choose from {', '.join(PLACEMENTS)}")
+        if drop not in DROPS:
+            raise ValueError(f"drop is {drop!r}; choose from {', '.join(DROPS)}")
+
+        def sona_after(place: str, channels: int) -> nn.Module:
+            return SONA(channels) if place in PLACEMENTS[sona] else nn.Identity()
+
+        backbone = dilated_resnet50(weights)
+        self.stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool)
+        self.stage1, self.stage2 = backbone.layer1, backbone.layer2
+        self.sona2 = sona_after("stage2", 512)
+        self.stage3 = backbone.layer3
+        self.sona3 = sona_after("stage3", 1024)
+        self.stage4 = backbone.layer4
+
+        self.global_branch = nn.Sequential(sona_after("global", 2048), nn.AdaptiveAvgPool2d(1), reduction(2048, 512))
+        self.local_branch = nn.Sequential(
+            sona_after("local", 2048),
+            Bottleneck(2048, 512),
+            {
+                "none": nn.Identity(),
+                "dropblock": DropBlockPlus(block_height=7, block_width=7),
+                "dropblock+": DropBlockPlus(),
+                "bfe": BatchDropBlock(height_ratio=1 / 3, width_ratio=1),
+            }[drop],
+            nn.AdaptiveMaxPool2d(1),
+            reduction(2048, 1024),
+        )
+        self.global_classifier = nn.Linear(512, num_classes)
+        self.local_classifier = nn.Linear(1024, num_classes)
+        for classifier in (self.global_classifier, self.local_classifier):
+            nn.init.normal_(classifier.weight, std=0.001)  # so that the loss starts at ln(num_classes)
+            nn.init.zeros_(classifier.bias)
+
+    def forward(self, images: Tensor) -> Tensor | list[tuple[Tensor, Tensor]]:
+        x = self.stage1(self.stem(images))  # (B, 256, H/4, W/4)
+        x = self.sona2(self.stage2(x))  # (B, 512, H/8, W/8)
+        x = self.sona3(self.stage3(x))  # (B, 1024, H/8, W/8)
+        x = self.stage4(x)  # (B, 2048, H/8, W/8)
+        global_embedding = self.global_branch(x)  # (B, 512)
+        local_embedding = self.local_branch(x)  # (B, 1024)
+        if not self.training:
+            return torch.cat([global_embedding, local_embedding], 1)
+        return [
+            (global_embedding, self.global_classifier(global_embedding)),
+            (local_embedding, self.local_classifier(local_embedding)),
+        ]
+
+
+def reduction(channels: int, reduced: int) -> nn.Sequential:
+    """The feature reduction module of both branches: (B, channels, 1, 1) -> (B, reduced) (Sec. 2.1)."""
+    return nn.Sequential(nn.Conv2d(channels, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU(), nn.Flatten())
+
+
+def dilated_resnet50(weights: str | None = None) -> ResNet:
+    """ResNet-50 whose stages 3 and 4 keep stage 2's map, of stride 8, by dilation (Sec. 2.1).
+
+    weights as in SONANet. Raises WeightsError.
+    """
+    dilation = [False, True, True]
+    if weights is None:  # from scratch it learns better when each block starts as the identity
+        return resnet50(replace_stride_with_dilation=dilation, zero_init_residual=True)
+    if weights == "imagenet":
+        source = ResNet50_Weights.IMAGENET1K_V1
+        try:
+            return resnet50(weights=source, replace_stride_with_dilation=dilation)
+        except (OSError, RuntimeError) as error:  # no connection; a download that was cut short
+            raise WeightsError(
+                f"the ImageNet weights could not be downloaded ({error}); fetch {source.url} on another "
+                "machine and pass the file as weights, or train without"
+            ) from error
+
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise WeightsError(f"cannot read the weights {weights}: {error.strerror}") from error
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        raise WeightsError(f"{weights} is damaged or not a file of PyTorch weights") from error
+    network = resnet50(replace_stride_with_dilation=dilation)
+    try:
+        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        network.fc = nn.Identity()
+        network.load_state_dict(state)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise WeightsError(f"{weights} does not hold the weights of a ResNet-50") from error
+    return network

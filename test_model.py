@@ -1,0 +1,857 @@
+"""The paper's equations and this repository's promises, as tests: `pytest test_model.py`.
+
+In the order of the files: the network, the losses, the data, the schedule, the ranking, the programs.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torchvision.models import ResNet50_Weights, resnet18, resnet50
+
+import data
+import model as model_file
+from data import DATASETS, DataError, IdentitySampler, ImageDataset, augment, cutout, load_dataset, normalize
+from evaluate import evaluate_ranking, extract_features
+from losses import batch_hard_triplet_loss, branch_losses
+from model import DROPS, PLACEMENTS, SONA, BatchDropBlock, DropBlockPlus, SONANet, WeightsError
+from train import learning_rate
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+# ---------------------------------------------------------------------------------------------------
+# SONA (Sec. 2.2)
+
+
+def trained_sona(channels=16):
+    """A SONA block with no parameter left at its initial value."""
+    sona = SONA(channels)
+    for parameter in sona.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return sona.double().eval()
+
+
+def attention_by_the_paper(sona, x):
+    """softmax(Sigma / sqrt(c/r)) of Eq. 1 and 2, with I_bar written out."""
+    theta = sona.theta(x).flatten(2).transpose(1, 2)  # (B, hw, c/r)
+    d = theta.shape[2]
+    i_bar = (torch.eye(d, dtype=x.dtype) - torch.ones(d, d, dtype=x.dtype) / d) / d
+    sigma = theta @ i_bar @ theta.transpose(1, 2)
+    return torch.softmax(sigma / math.sqrt(d), dim=2)
+
+
+def sona_by_the_paper(sona, x):
+    z = attention_by_the_paper(sona, x) @ sona.g(x).flatten(2).transpose(1, 2)
+    return x + sona.p(z.transpose(1, 2).reshape(len(x), -1, *x.shape[2:]))
+
+
+def test_sona_computes_equations_1_to_3():
+    sona, x = trained_sona(), 3 * torch.randn(2, 16, 6, 4, dtype=torch.float64)
+    torch.testing.assert_close(sona(x), sona_by_the_paper(sona, x))
+    assert (sona(x) - x).abs().max() > 0.1
+
+
+def test_sona_has_the_gradients_of_equations_1_to_3():
+    sona, x = trained_sona(), 3 * torch.randn(2, 16, 6, 4, dtype=torch.float64)
+    inputs = [x.requires_grad_(), *sona.parameters()]
+    weights = torch.randn_like(x)
+    ours = torch.autograd.grad((sona(x) * weights).sum(), inputs)
+    papers = torch.autograd.grad((sona_by_the_paper(sona, x) * weights).sum(), inputs)
+    for our, paper in zip(ours, papers, strict=True):
+        torch.testing.assert_close(our, paper)
+
+
+def test_attention_is_the_softmax_of_equation_2():
+    sona, x = trained_sona(), 3 * torch.randn(2, 16, 6, 4, dtype=torch.float64)
+    attention = sona.attention(x)
+    assert attention.shape == (2, 24, 24)
+    torch.testing.assert_close(attention.sum(2), torch.ones(2, 24, dtype=torch.float64))
+    torch.testing.assert_close(attention, attention_by_the_paper(sona, x))
+
+
+def test_sona_is_the_same_in_either_memory_format():
+    sona, x = trained_sona(), torch.randn(2, 16, 6, 4, dtype=torch.float64)
+    torch.testing.assert_close(sona(x.contiguous(memory_format=torch.channels_last)), sona(x))
+
+
+def test_sona_has_the_papers_layers_and_starts_as_the_identity():
+    sona, x = SONA(32, reduction=4), torch.randn(2, 32, 6, 4)
+    convolution, norm, activation = sona.theta
+    assert convolution.weight.shape == sona.g.weight.shape == (8, 32, 1, 1)
+    assert sona.p.weight.shape == (32, 8, 1, 1)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(activation, nn.LeakyReLU)
+    assert torch.equal(sona(x), x)
+
+
+def test_sona_never_holds_the_attention_matrix():
+    """Forward and backward on 192 x 64 positions, where the matrix alone takes 600 MB."""
+    code = """
+import resource, torch
+from model import SONA
+sona, x = SONA(512), torch.randn(1, 512, 192, 64, requires_grad=True)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sona(x).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    extra = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True).stdout
+    assert int(extra) < 400 * 1024  # in KiB on Linux
+
+
+# ---------------------------------------------------------------------------------------------------
+# Drop layers (Sec. 2.1, 3.4)
+
+
+def test_dropblock_plus_drops_blocks_of_its_size_and_rescales_the_rest():
+    dropped_share = []
+    layer, x = DropBlockPlus(), torch.ones(2000, 3, 48, 16)
+    y = layer(x)
+    assert torch.equal(y[:, 0], y[:, 2])  # one mask for all channels
+    kept = y[:, 0] > 0  # (B, 48, 16)
+    assert len({mask.numpy().tobytes() for mask in kept}) > 1000  # but not for all images
+    torch.testing.assert_close(y.mean((1, 2, 3)), torch.ones(2000))  # the mask's mean is 1
+    # Every dropped position lies in a 5 x 8 block that is dropped whole.
+    blocks = F.avg_pool2d((~kept).float()[:, None], (5, 8), stride=1) == 1
+    covered = F.max_pool2d(F.pad(blocks.float(), (7, 7, 4, 4)), (5, 8), stride=1)[:, 0] > 0
+    assert torch.equal(covered, ~kept)
+    # Seeds by DropBlock's Eq. 1; a position is kept if no block covers it.
+    seed_rate = 0.1 / 40 * (48 * 16) / (44 * 9)
+    covering = torch.ones(1, 1, 44, 9)
+    covering = F.avg_pool2d(F.pad(covering, (7, 7, 4, 4)), (5, 8), stride=1, divisor_override=1)[0, 0]
+    dropped_share = 1 - (1 - seed_rate) ** covering
+    assert abs((~kept).float().mean() - dropped_share.mean()) < 0.005
+    assert 0.08 < dropped_share.mean() < 0.1
+
+
+def test_dropblock_plus_cuts_its_block_to_a_smaller_map():
+    y = DropBlockPlus(drop_rate=0.5)(torch.ones(200, 1, 8, 4))
+    assert y.isfinite().all()
+    assert (y == 0).any() and (y > 0).any()
+    assert ((y == 0).all(3) == (y == 0).any(3)).all()  # whole rows of 4, as 8 do not fit
+
+
+def test_batch_drop_block_drops_one_rectangle_of_the_whole_batch():
+    starts = set()
+    for _ in range(50):
+        y = BatchDropBlock(height_ratio=1 / 3, width_ratio=0.5)(torch.ones(3, 2, 48, 16))
+        assert torch.equal(y, y[:1, :1].expand_as(y))
+        rows, columns = (y[0, 0] == 0).any(1).nonzero().flatten(), (y[0, 0] == 0).any(0).nonzero().flatten()
+        assert len(rows) == rows[-1] - rows[0] + 1 == 16
+        assert len(columns) == columns[-1] - columns[0] + 1 == 8
+        assert (y == 0).sum() == 3 * 2 * 16 * 8
+        assert y.max() == 1
+        starts.add((int(rows[0]), int(columns[0])))
+    assert len(starts) > 25
+
+
+@pytest.mark.parametrize("layer", [DropBlockPlus(), BatchDropBlock(1 / 3, 1)])
+def test_drop_layers_are_the_identity_in_eval_mode(layer):
+    x = torch.randn(2, 3, 48, 16)
+    assert torch.equal(layer.eval()(x), x)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The network (Sec. 2.1, 3.3, 3.4)
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def shapes_of(network, modules, images):
+    """The output shapes of modules in a forward pass of the network."""
+    shapes = {}
+    for module in modules:
+        module.register_forward_hook(lambda module, _, output: shapes.update({module: tuple(output.shape)}))
+    with torch.no_grad():
+        network(images)
+    return [shapes.get(module) for module in modules]
+
+
+def test_stages_3_and_4_keep_the_map_of_stage_2():
+    network = SONANet(10).eval()
+    stages = [network.stage1, network.stage2, network.sona2, network.stage3, network.stage4, network.local_branch[1]]
+    assert shapes_of(network, stages, torch.randn(1, 3, 384, 128)) == [
+        (1, 256, 96, 32),
+        (1, 512, 48, 16),
+        (1, 512, 48, 16),
+        (1, 1024, 48, 16),
+        (1, 2048, 48, 16),
+        (1, 2048, 48, 16),
+    ]
+
+
+@pytest.mark.parametrize("sona", PLACEMENTS)
+def test_every_placement_of_sona_has_its_shapes_and_parameters(sona):
+    network = SONANet(10, sona)
+    outputs = network(torch.randn(2, 3, 64, 32))
+    assert [(embedding.shape, logits.shape) for embedding, logits in outputs] == [
+        ((2, 512), (2, 10)),
+        ((2, 1024), (2, 10)),
+    ]
+    assert all((embedding >= 0).all() for embedding, _ in outputs)  # reduced by conv, BN and ReLU
+    assert network.eval()(torch.randn(1, 3, 64, 32)).shape == (1, 1536)
+
+    def sona_parameters(c):  # theta: conv without bias, BN; g and p: conv with bias
+        return c * c // 2 + c + c * c // 2 + c // 2 + c * c // 2 + c
+
+    channels = {"none": [], "2": [512], "3": [1024], "2+3": [512, 1024]}.get(sona, [2048] * (1 + (sona == "4-both")))
+    bottleneck = 2 * 2048 * 512 + 9 * 512 * 512 + 2 * (512 + 512 + 2048)
+    reductions = 2048 * 512 + 2 * 512 + 2048 * 1024 + 2 * 1024
+    classifiers = 10 * (512 + 1) + 10 * (1024 + 1)
+    resnet50_without_fc = 23_508_032
+    assert count(network) == resnet50_without_fc + bottleneck + reductions + classifiers + sum(
+        map(sona_parameters, channels)
+    )
+
+
+def test_sona_stands_where_its_name_says():
+    images = torch.randn(2, 3, 64, 32)
+    stage = {"2": "stage2", "3": "stage3"}
+    for sona in PLACEMENTS:
+        network = SONANet(10, sona).eval()
+        before = network(images)
+        shapes = shapes_of(network, [network.stage2, network.sona2, network.stage3, network.sona3], images)
+        assert shapes == [(2, 512, 8, 4), (2, 512, 8, 4), (2, 1024, 8, 4), (2, 1024, 8, 4)]
+        for module in network.modules():
+            if isinstance(module, SONA):
+                nn.init.normal_(module.p.weight)
+        changed = (network(images) != before).any(0)
+        in_trunk = sona in ("2", "3", "2+3")
+        assert changed[:512].any() == (in_trunk or sona in ("4-global", "4-both")), sona
+        assert changed[512:].any() == (in_trunk or sona in ("4-local", "4-both")), sona
+        for name in ("2", "3"):
+            assert isinstance(getattr(network, f"sona{name}"), SONA) == (stage[name] in PLACEMENTS[sona])
+
+
+def test_the_global_branch_averages_and_the_local_branch_takes_the_maximum():
+    network = SONANet(10, "none").eval()
+    x = torch.rand(2, 2048, 8, 4)
+    for branch, features, pooled in (
+        (network.global_branch, x, x.mean((2, 3), keepdim=True)),
+        (network.local_branch, x, network.local_branch[1](x).amax((2, 3), keepdim=True)),
+    ):
+        torch.testing.assert_close(branch(features), branch[-1](pooled))
+
+
+def test_drop_layers_act_on_the_local_branch_in_training_only():
+    expected = {
+        "none": nn.Identity,
+        "dropblock": DropBlockPlus,
+        "dropblock+": DropBlockPlus,
+        "bfe": BatchDropBlock,
+    }
+    for drop in DROPS:
+        network = SONANet(10, "none", drop)
+        layer = network.local_branch[2]
+        assert type(layer) is expected[drop]
+        if drop.startswith("dropblock"):
+            sizes = {"dropblock": (7, 7), "dropblock+": (5, 8)}
+            assert (layer.drop_rate, layer.block_height, layer.block_width) == (0.1, *sizes[drop])
+        if drop == "bfe":
+            assert (layer.height_ratio, layer.width_ratio) == (1 / 3, 1)
+        images = torch.randn(1, 3, 64, 32)
+        assert torch.equal(network.eval()(images), network(images))
+
+
+def test_the_test_embedding_is_global_then_local():
+    network, images = SONANet(10).eval(), torch.randn(2, 3, 64, 32)
+    embedding = network(images)
+    with torch.no_grad():
+        network.local_branch[-1][1].bias += 1
+    assert torch.equal(network(images)[:, :512], embedding[:, :512])
+    assert not torch.equal(network(images)[:, 512:], embedding[:, 512:])
+
+
+def test_classifiers_start_undecided():
+    outputs = SONANet(767)(torch.randn(4, 3, 64, 32))
+    for _, logits in outputs:
+        assert abs(F.cross_entropy(logits, torch.arange(4)) - math.log(767)) < 0.05
+
+
+def test_from_scratch_each_residual_block_starts_as_the_identity():
+    assert all(block.bn3.weight.abs().max() == 0 for block in SONANet(10).stage3)
+
+
+def test_unknown_variants_are_refused():
+    with pytest.raises(ValueError, match="sona is '5'; choose from none, 2, 3"):
+        SONANet(10, sona="5")
+    with pytest.raises(ValueError, match="drop is 'cutout'; choose from none, dropblock"):
+        SONANet(10, drop="cutout")
+
+
+@pytest.fixture(scope="module")
+def resnet_state():
+    torch.manual_seed(1)
+    return resnet50().state_dict()
+
+
+def assert_backbone_is(network, state):
+    for ours, theirs in (("stem.0.weight", "conv1.weight"), ("stage4.2.bn3.running_var", "layer4.2.bn3.running_var")):
+        assert torch.equal(network.state_dict()[ours], state[theirs])
+
+
+@pytest.mark.parametrize("with_fc", [True, False])
+def test_weights_from_a_file(tmp_path, resnet_state, with_fc):
+    state = {name: value for name, value in resnet_state.items() if with_fc or not name.startswith("fc.")}
+    torch.save(state, tmp_path / "resnet50.pth")
+    assert_backbone_is(SONANet(10, weights=str(tmp_path / "resnet50.pth")), state)
+
+
+def test_imagenet_weights_are_torchvisions_first(monkeypatch, resnet_state):
+    asked = []
+    monkeypatch.setattr(
+        ResNet50_Weights, "get_state_dict", lambda self, *_, **__: asked.append(self.name) or resnet_state
+    )
+    assert_backbone_is(SONANet(10, weights="imagenet"), resnet_state)
+    assert asked == ["IMAGENET1K_V1"]
+
+
+def test_imagenet_weights_without_a_network_say_where_to_get_them(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(ResNet50_Weights, "get_state_dict", offline)
+    with pytest.raises(WeightsError, match=r"https://download.pytorch.org/models/resnet50-\w+\.pth"):
+        SONANet(10, weights="imagenet")
+
+
+def test_bad_weights_are_one_line_that_names_the_file(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save(resnet18().state_dict(), tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "torn.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:100_000])
+    (tmp_path / "text.pth").write_text("404: not found")
+    for name in ("missing", "other", "list", "evil", "torn", "text"):
+        with pytest.raises(WeightsError, match=rf"{name}\.pth") as error:
+            SONANet(10, weights=str(tmp_path / f"{name}.pth"))
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Losses (Sec. 2.1)
+
+
+def triplet_by_brute_force(embeddings, labels, margin):
+    losses = []
+    for a, anchor in enumerate(embeddings):
+        distances = [(anchor - other).square().sum().sqrt() if i != a else None for i, other in enumerate(embeddings)]
+        positive = max(d for i, d in enumerate(distances) if labels[i] == labels[a] and i != a)
+        negative = min(d for i, d in enumerate(distances) if labels[i] != labels[a])
+        gap = positive - negative
+        losses.append(torch.log(1 + gap.exp()) if margin is None else (gap + margin).clamp(min=0))
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("margin", [None, 0.3, 2.0])
+def test_triplet_loss_and_its_gradient_are_those_of_brute_force(margin):
+    embeddings = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 1, 2, 3] * 3)
+    ours, theirs = (f(embeddings, labels, margin) for f in (batch_hard_triplet_loss, triplet_by_brute_force))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, embeddings)[0] for loss in (ours, theirs)))
+
+
+@pytest.mark.parametrize("margin", [None, 0.3])
+def test_triplet_loss_where_embeddings_coincide(margin):
+    embeddings = torch.ones(8, 5, requires_grad=True)
+    loss = batch_hard_triplet_loss(embeddings, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), margin)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2) if margin is None else margin)
+    assert embeddings.grad.isfinite().all()
+
+
+def test_triplet_loss_does_not_cancel_far_from_the_origin():
+    near, labels = torch.randint(-8, 8, (12, 5)) / 4, torch.tensor([0, 1, 2, 3] * 3)
+    torch.testing.assert_close(batch_hard_triplet_loss(near + 4096, labels), batch_hard_triplet_loss(near, labels))
+
+
+def test_triplet_loss_is_float32_inside_autocast():
+    embeddings, labels = torch.randn(8, 64).bfloat16().float(), torch.tensor([0, 1] * 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = batch_hard_triplet_loss(embeddings.bfloat16(), labels)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, batch_hard_triplet_loss(embeddings, labels))
+
+
+def test_triplet_loss_without_positives_or_negatives():
+    embeddings = torch.tensor([[0.0], [3.0]], requires_grad=True)
+    torch.testing.assert_close(  # alone in its identity: its own positive
+        batch_hard_triplet_loss(embeddings, torch.tensor([0, 1])), F.softplus(torch.tensor(-3.0))
+    )
+    loss = batch_hard_triplet_loss(embeddings, torch.tensor([1, 1]))
+    loss.backward()
+    assert loss == 0
+    assert embeddings.grad.isfinite().all()
+
+
+def test_triplet_loss_refuses_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"not \(4, 2\) and \(3,\)"):
+        batch_hard_triplet_loss(torch.zeros(4, 2), torch.zeros(3))
+
+
+def test_the_loss_is_the_sum_of_both_losses_of_both_branches():
+    labels = torch.tensor([0, 1, 2] * 2)
+    outputs = [(torch.randn(6, d), torch.randn(6, 3)) for d in (512, 1024)]
+    total, parts = branch_losses(outputs, labels)
+    for branch, (embedding, logits) in zip(("global", "local"), outputs, strict=True):
+        target = 0.9 * F.one_hot(labels) + 0.1 / 3  # label smoothing of 0.1 [36]
+        cross_entropy = -(target * logits.log_softmax(1)).sum(1).mean()
+        torch.testing.assert_close(parts[f"{branch}_cross_entropy"], cross_entropy)
+        torch.testing.assert_close(parts[f"{branch}_triplet"], triplet_by_brute_force(embedding, labels, None))
+        torch.testing.assert_close(parts[f"{branch}_accuracy"], (logits.argmax(1) == labels).float().mean())
+    torch.testing.assert_close(total, sum(value for name, value in parts.items() if "accuracy" not in name))
+
+
+def test_a_collapsed_network_has_the_loss_that_train_names():
+    outputs = [(torch.ones(8, d), torch.zeros(8, 751)) for d in (512, 1024)]
+    total, _ = branch_losses(outputs, torch.arange(8) // 4)
+    assert total.item() == pytest.approx(14.63, abs=0.005)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data (Sec. 3.1, 3.2)
+
+
+def draw_market(root, train_ids=4, test_ids=3):
+    """A small data set in the Market-1501 layout, drawn like the toy: 2 cameras x 2 images."""
+    for folder, people in (
+        ("bounding_box_train", range(1, train_ids + 1)),
+        ("query", range(50, 50 + test_ids)),
+        ("bounding_box_test", range(50, 50 + test_ids)),
+    ):
+        (root / folder).mkdir(parents=True)
+        for person in people:
+            for camera in (1, 2):
+                for image in range(1 if folder == "query" else 2):
+                    picture = data.draw_pedestrian(person, camera, image + 2 * (folder == "query"))
+                    picture.save(root / folder / f"{person:04d}_c{camera}s1_{image:06d}_00.jpg")
+    return root
+
+
+def touch(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+
+
+def test_the_counts_are_those_of_table_1():
+    table_1 = {
+        "market1501": {"train": (12936, 751), "query": (3368, 750), "gallery": (19732 - 3819, 750)},
+        "cuhk03": {"train": (7368, 767), "query": (1400, 700), "gallery": (5328, 700)},
+        "cuhk03-detected": {"train": (7365, 767), "query": (1400, 700), "gallery": (5332, 700)},
+        "dukemtmc": {"train": (16522, 702), "query": (2228, 702), "gallery": (17661, 1110)},
+    }
+    assert {name: source.counts for name, source in DATASETS.items() if name != "toy"} == table_1
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("market1501", "market1501"),
+        ("market1501", "Market-1501-v15.09.15"),
+        ("dukemtmc", "dukemtmc-reid"),
+        ("dukemtmc", "DukeMTMC-reID"),
+        ("cuhk03", "cuhk03-np/labeled"),
+        ("cuhk03-detected", "CUHK03-NP/detected"),
+    ],
+)
+def test_data_sets_are_found_under_the_names_of_their_archives(tmp_path, name, folder):
+    for split in data.FOLDERS.values():
+        touch(tmp_path / folder / split, "0001_c1s1_000001_00.jpg")
+    assert load_dataset(name, tmp_path)["query"].ids.tolist() == [1]
+
+
+def test_file_names_say_identity_and_camera(tmp_path):
+    names = {
+        "0002_c1s1_000451_03.jpg": (2, 1),  # Market-1501
+        "0000_c6s4_002202_01.jpg": (0, 6),  # a distractor stays
+        "-1_c3s2_000112_02.jpg": None,  # junk
+        "0005_c8_f0046182.JPG": (5, 8),  # DukeMTMC-reID
+        "1467_c2_10.png": (1467, 2),  # CUHK03-NP
+        "0003_c12.bmp": (3, 12),
+        "Thumbs.db": None,
+        "._0002_c1s1_000451_03.jpg": None,
+        "readme.txt": None,
+    }
+    touch(tmp_path, *names)
+    split = data.read_split(tmp_path)
+    found = {Path(p).name: (i, c) for p, i, c in zip(split.paths, split.ids, split.cams, strict=True)}
+    assert found == {name: who for name, who in names.items() if who}
+    assert split.num_ids == 4
+    assert split.labels.tolist() == np.searchsorted([0, 2, 3, 5, 1467], split.ids).tolist()
+
+
+@pytest.mark.parametrize("name", ["person.jpg", "0001.jpg", "0001_1.jpg", "_c1s1_0.jpg", "-2_c1_0.jpg", "0001_c1x.png"])
+def test_a_name_that_does_not_parse_is_named(tmp_path, name):
+    touch(tmp_path, name)
+    with pytest.raises(DataError, match=name):
+        data.read_split(tmp_path)
+
+
+def test_missing_empty_and_nested_data_sets_are_told(tmp_path):
+    with pytest.raises(DataError, match="no folder .*market1501 or .*Market-1501-v15.09.15"):
+        load_dataset("market1501", tmp_path)
+    (tmp_path / "market1501").mkdir()
+    with pytest.raises(DataError, match="bounding_box_train is missing"):
+        load_dataset("market1501", tmp_path)
+    touch(tmp_path / "market1501/bounding_box_train", "Thumbs.db")
+    with pytest.raises(DataError, match="bounding_box_train holds no images"):
+        load_dataset("market1501", tmp_path)
+    touch(tmp_path / "dukemtmc-reid/DukeMTMC-reID/bounding_box_train", "0001_c1_f0.jpg")
+    with pytest.raises(DataError, match="it is in .*dukemtmc-reid/DukeMTMC-reID: move"):
+        load_dataset("dukemtmc", tmp_path)
+
+
+def test_counts_that_are_not_the_papers_are_noted(tmp_path):
+    draw_market(tmp_path / "market1501")
+    text = data.describe("market1501", load_dataset("market1501", tmp_path))
+    assert "published: 12,936 of 751" in text
+    assert "note:" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_images_of_any_mode_load_as_rgb(tmp_path):
+    grey = (np.arange(64, dtype=np.uint8) * 4).reshape(8, 8)
+    rgb = np.stack([grey, grey.T, 255 - grey], 2)
+    modes = {
+        "L.png": Image.fromarray(grey),
+        "LA.png": Image.fromarray(grey).convert("LA"),
+        "1.png": Image.fromarray(grey).convert("1"),
+        "I16.png": Image.fromarray(grey.astype(np.uint16) * 257),
+        "RGB.bmp": Image.fromarray(rgb),
+        "RGBA.png": Image.fromarray(rgb).convert("RGBA"),
+        "P.png": Image.fromarray(rgb).quantize(64),
+        "CMYK.jpg": Image.fromarray(rgb).convert("CMYK"),
+    }
+    for name, image in modes.items():
+        image.save(tmp_path / name, quality=95)
+        loaded = np.asarray(data.read_image(tmp_path / name), int)
+        assert loaded.shape == (8, 8, 3), name
+        expected = rgb if name[:3] in ("RGB", "P.p", "CMY") else grey[..., None]
+        if name != "1.png":
+            assert np.abs(loaded - expected).mean() < 12, name
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    data.draw_pedestrian(1, 1, 1).save(tmp_path / "whole.jpg")
+    (tmp_path / "torn.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "empty.bmp").touch()
+    for name in ("torn.jpg", "text.png", "empty.bmp", "missing.jpg"):
+        with pytest.raises(DataError, match=f"cannot read the image .*{name}") as error:
+            ImageDataset([str(tmp_path / name)], 64, 32)[0]
+        assert "\n" not in str(error.value)
+
+
+def test_images_are_resized_and_normalised(tmp_path):
+    Image.new("RGB", (50, 90), (255, 0, 128)).save(tmp_path / "plain.png")
+    image, index = ImageDataset([str(tmp_path / "plain.png")], 384, 128)[0]
+    assert (image.shape, image.dtype, index) == ((3, 384, 128), torch.uint8, 0)
+    expected = (torch.tensor([1, 0, 128 / 255]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )
+    normalised = normalize(image[None])
+    torch.testing.assert_close(normalised[0], expected[:, None, None].expand(3, 384, 128))
+    assert normalised.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("height", "width", "side"), [(384, 128, 64), (96, 32, 16)])
+def test_cutout_fills_one_square_of_half_the_images_with_0(height, width, side):
+    images = cutout(torch.ones(400, 3, height, width))
+    assert torch.equal(images[:, 0], images[:, 2])
+    cut, corners = 0, set()
+    for image in images[:, 0]:
+        rows, columns = (image == 0).any(1).nonzero().flatten(), (image == 0).any(0).nonzero().flatten()
+        if len(rows):
+            cut += 1
+            corners.add((int(rows[0]), int(columns[0])))
+            assert (image == 0).sum() == side**2
+            assert len(rows) == len(columns) == side
+            assert rows[-1] - rows[0] == columns[-1] - columns[0] == side - 1
+    assert 150 < cut < 250
+    assert {0, width - side} <= {column for _, column in corners}
+    assert len(corners) > 100
+
+
+def test_augmentation_flips_half_the_images_and_normalises():
+    images = torch.randint(0, 256, (400, 3, 24, 8), dtype=torch.uint8)
+    augmented, straight, mirrored = augment(images), normalize(images), normalize(images.flip(3))
+    flipped = 0
+    for ours, image, mirror in zip(augmented, straight, mirrored, strict=True):
+        kept = ours != 0
+        is_flipped = torch.equal(ours[kept], mirror[kept])
+        assert is_flipped or torch.equal(ours[kept], image[kept])
+        assert kept.float().mean() > 0.9
+        flipped += is_flipped
+    assert 150 < flipped < 250
+
+
+LABELS = [label for label in range(10) for _ in range(2 + label % 4)]  # identities of 2 to 5 images
+
+
+def test_sampler_takes_each_identity_once_an_epoch():
+    sampler = IdentitySampler(LABELS, ids_per_batch=3, images_per_id=4)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 10 // 3
+    seen = []
+    for batch in batches:
+        groups = np.array(LABELS)[batch].reshape(3, 4)
+        assert (groups == groups[:, :1]).all()
+        seen += groups[:, 0].tolist()
+        for images in np.reshape(batch, (3, 4)):  # none twice where there are enough
+            assert len(set(images)) == 4 or LABELS.count(LABELS[images[0]]) < 4
+    assert len(set(seen)) == 9
+
+
+def test_sampler_is_a_function_of_seed_and_epoch_alone():
+    def batches(seed, epoch, before=0):
+        sampler = IdentitySampler(LABELS, 5, 2, seed=seed)
+        for _ in range(before):
+            list(sampler)
+        np.random.rand()
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert batches(1, 2) == batches(1, 2, before=3)
+    assert batches(1, 2) != batches(1, 3)
+    assert batches(1, 2) != batches(2, 2)
+
+
+def test_processes_share_the_same_global_batch():
+    whole = list(IdentitySampler(LABELS, 4, 2, seed=3))
+    shares = [list(IdentitySampler(LABELS, 4, 2, seed=3, rank=rank, world_size=2)) for rank in range(2)]
+    assert [first + second for first, second in zip(*shares, strict=True)] == whole
+    with pytest.raises(ValueError, match="3 processes cannot share 4"):
+        IdentitySampler(LABELS, 4, 2, world_size=3)
+
+
+def test_sampler_needs_a_batch_of_identities():
+    with pytest.raises(DataError, match="10 identities, a batch takes 11; lower --ids-per-batch"):
+        IdentitySampler(LABELS, ids_per_batch=11)
+
+
+def test_the_toy_is_drawn_the_same_each_time(tmp_path):
+    first, second = (load_dataset("toy", tmp_path / name) for name in ("a", "b"))
+    assert {split: (len(s.paths), s.num_ids) for split, s in first.items()} == DATASETS["toy"].counts
+    assert not set(first["train"].ids) & set(first["query"].ids)
+    for split in first:
+        for ours, theirs in zip(first[split].paths, second[split].paths, strict=True):
+            assert Path(ours).read_bytes() == Path(theirs).read_bytes()
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["toy"]  # no scratch folder stays
+    assert "note" not in data.describe("toy", first)
+
+
+def test_the_toy_is_not_solved_by_colour(tmp_path):
+    splits = load_dataset("toy", tmp_path)
+
+    def histogram(path):
+        pixels = np.asarray(data.read_image(path))
+        return np.concatenate([np.histogram(pixels[..., c], 8, (0, 256))[0] for c in range(3)])
+
+    query, gallery = splits["query"], splits["gallery"]
+    features = [np.stack([histogram(path) for path in split.paths]) for split in (query, gallery)]
+    ranking = evaluate_ranking(*features, query.ids, gallery.ids, query.cams, gallery.cams)
+    assert ranking.mean_ap < 0.1
+
+
+# ---------------------------------------------------------------------------------------------------
+# The schedule (Sec. 3.2)
+
+
+def test_the_learning_rate_is_the_papers_in_every_epoch():
+    warm_up = [1e-4 * step for step in range(1, 11) for _ in range(5)]
+    papers = warm_up + 150 * [1e-3] + 100 * [1e-4] + 100 * [1e-5]
+    assert [learning_rate(epoch) for epoch in range(400)] == pytest.approx(papers, rel=1e-12)
+
+
+def test_other_numbers_of_epochs_run_the_same_course():
+    assert [learning_rate(epoch, 40, 2e-3) for epoch in range(40)] == pytest.approx(
+        [2e-3 * f for f in (0.1, 0.3, 0.5, 0.7, 0.9)] + 15 * [2e-3] + 10 * [2e-4] + 10 * [2e-5]
+    )
+    assert [learning_rate(epoch, 800) for epoch in range(0, 800, 2)] == [learning_rate(e) for e in range(400)]
+    assert learning_rate(0, 1) == pytest.approx(1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Ranking (Sec. 3.3)
+
+
+def rank_by_brute_force(query, gallery, query_ids, gallery_ids, query_cams, gallery_cams, max_rank=50):
+    """The protocol in float64, with a full and stable sort."""
+    cmc, aps = [], []
+    for q, i, c in zip(query.astype(float), query_ids, query_cams, strict=True):
+        keep = (gallery_ids != -1) & ~((gallery_ids == i) & (gallery_cams == c))
+        order = np.argsort(((gallery.astype(float) - q) ** 2).sum(1)[keep], kind="stable")
+        hits = gallery_ids[keep][order] == i
+        if not hits.any():
+            aps.append(np.nan)
+            continue
+        aps.append(np.mean(np.arange(1, hits.sum() + 1) / (np.flatnonzero(hits) + 1)))
+        cmc.append([hits[:k].any() for k in range(1, max_rank + 1)])
+    return np.mean(cmc, 0), np.array(aps)
+
+
+def random_ranking(queries, gallery, ids, dimensions=6, levels=4):
+    """Features of few levels, so that many distances are equal; some junk (-1) and distractors (0)."""
+    rng = np.random.default_rng(0)
+    features = [rng.integers(0, levels, (n, dimensions)).astype(np.float32) for n in (queries, gallery)]
+    return [
+        *features,
+        rng.integers(1, ids + 1, queries),
+        rng.integers(-1, ids - 1, gallery),  # the two last identities are in no gallery: unmatched queries
+        rng.integers(1, 4, queries),
+        rng.integers(1, 4, gallery),
+    ]
+
+
+def test_ranking_is_that_of_brute_force_with_junk_distractors_ties_and_unmatched_queries():
+    arguments = random_ranking(queries=60, gallery=300, ids=15)
+    ranking = evaluate_ranking(*arguments)
+    cmc, aps = rank_by_brute_force(*arguments)
+    assert np.isnan(aps).sum() > 3
+    np.testing.assert_allclose(ranking.average_precisions, aps, rtol=1e-12)
+    np.testing.assert_allclose(ranking.cmc, cmc, rtol=1e-12)
+    assert ranking.mean_ap == pytest.approx(np.nanmean(aps))
+    assert ranking.figures() == {"mean_ap": ranking.mean_ap, "rank1": cmc[0], "rank5": cmc[4], "rank10": cmc[9]}
+
+
+def test_ranking_in_several_slabs_is_the_same_ranking():
+    arguments = random_ranking(queries=1000, gallery=10_000, ids=3000, dimensions=3, levels=1000)
+    query, gallery, query_ids, gallery_ids, query_cams, gallery_cams = arguments
+    whole = evaluate_ranking(*arguments)  # more than one slab of 8 million distances
+    parts = [
+        evaluate_ranking(query[i], gallery, query_ids[i], gallery_ids, query_cams[i], gallery_cams)
+        for i in np.array_split(np.arange(1000), 3)
+    ]
+    np.testing.assert_array_equal(whole.average_precisions, np.concatenate([p.average_precisions for p in parts]))
+
+
+def test_ranking_by_hand():
+    """One query of identity 1, camera 1; the gallery in order of distance: junk, own camera, wrong, right, wrong, right."""
+    gallery = np.arange(1, 7, dtype=np.float32)[:, None]
+    ids, cams = np.array([-1, 1, 2, 1, 0, 1]), np.array([2, 1, 2, 2, 2, 3])
+    ranking = evaluate_ranking(np.zeros((1, 1)), gallery, np.array([1]), ids, np.array([1]), cams, max_rank=6)
+    assert ranking.mean_ap == pytest.approx((1 / 2 + 2 / 4) / 2)
+    assert ranking.cmc.tolist() == [0, 1, 1, 1, 1, 1]
+
+
+def test_ranking_refuses_what_it_cannot_rank():
+    arguments = random_ranking(queries=4, gallery=20, ids=5)
+    unmatched = [*arguments]
+    unmatched[2] = np.full(4, 99)
+    with pytest.raises(ValueError, match="no query has a true match"):
+        evaluate_ranking(*unmatched)
+    for side in (0, 1):
+        broken = [a.copy() for a in arguments]
+        broken[side][1, 1] = np.nan
+        with pytest.raises(ValueError, match="nan"):
+            evaluate_ranking(*broken)
+    with pytest.raises(ValueError, match=r"\(4, 6\) and \(20, 5\)"):
+        evaluate_ranking(arguments[0], arguments[1][:, :5], *arguments[2:])
+    with pytest.raises(ValueError, match="gallery: 20 features"):
+        evaluate_ranking(*arguments[:3], arguments[3][:7], *arguments[4:])
+
+
+def test_features_average_the_image_and_its_mirror_image(tmp_path):
+    data.draw_pedestrian(1, 1, 0).save(tmp_path / "a.png")
+    data.draw_pedestrian(2, 1, 0).save(tmp_path / "b.png")
+    paths = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    network = SONANet(4)
+    features = extract_features(network, paths, 64, 32)
+    images = normalize(torch.stack([ImageDataset(paths, 64, 32)[i][0] for i in range(2)]))
+    with torch.no_grad():
+        network.eval()
+        expected = (network(images) + network(images.flip(3))) / 2
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The programs
+
+
+def program(*command, torchrun=0, check=True):
+    """Run train.py or evaluate.py as a user does; returns the finished process."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}"] if torchrun else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONWARNINGS": "error::UserWarning"}
+    done = subprocess.run(
+        [sys.executable, *launcher, *map(str, command)], cwd=HERE, env=environment, capture_output=True, text=True
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+SMALL = ["--height", 32, "--width", 16, "--ids-per-batch", 2, "--images-per-id", 2, "--weights", "none", "--no-amp"]
+
+
+@pytest.fixture(scope="module")
+def market(tmp_path_factory):
+    """A data folder with a small market1501, and the arguments to train on it."""
+    folder = tmp_path_factory.mktemp("datasets")
+    draw_market(folder / "market1501")
+    return ["train.py", "--dataset", "market1501", "--data-dir", folder, *SMALL]
+
+
+@pytest.fixture(scope="module")
+def run(market, tmp_path_factory):
+    """A finished run of 4 epochs, and what it printed."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    return output, program(*market, "--epochs", 4, "--eval-every", 2, "--workers", 0, "--output", output)
+
+
+def test_a_run_trains_logs_and_evaluates(run):
+    output, done = run
+    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [0, 1, 2, 3]
+    assert [record["lr"] for record in records] == [learning_rate(epoch, 4) for epoch in range(4)]
+    for record in records:
+        parts = [record[f"{b}_{part}"] for b in ("global", "local") for part in ("triplet", "cross_entropy")]
+        assert record["loss"] == pytest.approx(sum(parts))
+        assert ("mean_ap" in record) == (record["epoch"] in (1, 3))
+    assert {"rank1", "rank5", "rank10"} < set(records[3])
+    assert sorted(p.name for p in output.iterdir()) == ["last.pt", "log.jsonl", "model.pt"]
+    lines = done.stdout.splitlines()
+    assert done.stderr == ""
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("untrained    mAP") for line in lines)
+    assert f"trained      mAP{100 * records[3]['mean_ap']:7.2f}" in done.stdout
+
+
+def test_a_run_is_not_overwritten(market, run):
+    output, _ = run
+    before = (output / "last.pt").stat().st_mtime
+    done = program(*market, "--output", output, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("train.py: error: ") and "--resume" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert (output / "last.pt").stat().st_mtime == before
+
+
+def test_evaluate_prints_the_runs_own_figures(market, run):
+    output, done = run
+    trained = done.stdout.split("trained    ")[-1].splitlines()[0].strip()
+    arguments = ["--data-dir", market[market.index("--data-dir") + 1], "--workers", 0, "--no-amp"]
+    evaluated = program("evaluate.py", output, *arguments)
+    assert trained in evaluated.stdout
+    assert max(map(len, evaluated.stdout.splitlines()[:-1])) <= 80

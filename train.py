@@ -1,0 +1,302 @@
+"""Train SONA-Net.
+
+Usage:
+    python train.py                                                       # the toy, on any machine
+    torchrun --nproc_per_node=4 train.py --dataset cuhk03                 # the paper's run (Sec. 3.2)
+    python train.py --dataset market1501 --sona 2+3 --output runs/m23     # a variant, on one GPU
+    python train.py --dataset cuhk03 --resume                             # go on where it stopped
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from data import DATASETS, DataError, IdentitySampler, ImageDataset, augment, describe, load_dataset
+from evaluate import bf16_pays, evaluate, number, run_program, start_process, summary
+from losses import branch_losses
+from model import DROPS, PLACEMENTS, SONANet
+
+# What the bare `python train.py` runs instead of the paper's settings: minutes on a CPU.
+TOY = dict(height=64, width=32, ids_per_batch=8, epochs=30, eval_every=10, weights="none", workers=0)
+# The settings that a resumed run may change; all others would make it another run.
+FREE = {"data_dir", "output", "workers", "eval_every", "resume"}
+
+
+def learning_rate(epoch: int, epochs: int = 400, peak: float = 1e-3) -> float:
+    """The warm-up and decay of Sec. 3.2 for an epoch, counted from 0.
+
+    Of 400 epochs: a tenth of the peak, and a tenth more every 5 epochs of the first 50; the peak until
+    200, a tenth of it until 300 and a hundredth to the end. Other numbers of epochs run the same course.
+    """
+    epoch = epoch * 400 // epochs
+    if epoch < 50:
+        return peak * (1 + epoch // 5) / 10
+    if epoch < 200:
+        return peak
+    return peak / 10 if epoch < 300 else peak / 100
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train SONA-Net. Defaults, in brackets, are the paper's (Sec. 3.2); the toy has its own: "
+        + ", ".join(f"{key} {value}" for key, value in TOY.items())
+        + "."
+    )
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="toy", help="what to train on; the toy is drawn on first use")
+    add("--data-dir", default="datasets", help="where the data sets' folders lie [%(default)s]")
+    add("--height", type=number(int, 16), default=384, help="pixels; smaller is faster and sees less [%(default)s]")
+    add("--width", type=number(int, 16), default=128, help="pixels [%(default)s]")
+    add(
+        "--workers",
+        type=number(int, 0),
+        default=4,
+        help="processes that read images, per GPU; more if the GPU waits for them, 0 for none [%(default)s]",
+    )
+
+    add = parser.add_argument_group("network").add_argument
+    add(
+        "--sona",
+        choices=PLACEMENTS,
+        default="2",
+        help="after which stage SONA stands, 4 on a branch; none is the paper's baseline [%(default)s]",
+    )
+    add("--drop", choices=DROPS, default="dropblock+", help="the local branch's drop layer [%(default)s]")
+    add(
+        "--weights",
+        default="imagenet",
+        metavar="{imagenet,none,PATH}",
+        help="first weights of the backbone: downloaded, random, or a ResNet-50 state dict for a machine "
+        "without a network [%(default)s]",
+    )
+
+    add = parser.add_argument_group("training").add_argument
+    add(
+        "--ids-per-batch",
+        type=number(int, 2),
+        default=32,
+        help="identities in a batch, over all processes; fewer if memory runs out [%(default)s]",
+    )
+    add("--images-per-id", type=number(int, 1), default=4, help="images of each identity [%(default)s]")
+    add("--epochs", type=number(int, 1), default=400, help="the schedule stretches to it [%(default)s]")
+    add("--lr", type=number(float, 1e-12), default=1e-3, help="peak; lower it for smaller batches [%(default)s]")
+    add("--margin", type=number(float, 0), help="hard triplet margin, as 0.3 [the soft margin]")
+    add("--seed", type=number(int, 0), default=0, help="the paper averages over four runs [%(default)s]")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast [where the device gains by it]")
+    add("--compile", action="store_true", help="compile the network: a slow start, then faster steps")
+    add("--sync-bn", action="store_true", help="batch normalisation over all GPUs, not on each its own")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--output", help="the run's folder [runs/DATASET]")
+    add("--resume", action="store_true", help="go on from the folder's last.pt; afresh where there is none")
+    add(
+        "--eval-every",
+        type=number(int, 0),
+        default=50,
+        help="epochs between evaluations, of which the first is the untrained network's; 0 evaluates at the "
+        "end only [%(default)s]",
+    )
+
+    if parser.parse_known_args()[0].dataset == "toy":
+        parser.set_defaults(**TOY)
+    args = parser.parse_args()
+    args.output = args.output or f"runs/{args.dataset}"
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.ids_per_batch % processes:
+        parser.error(f"--ids-per-batch {args.ids_per_batch} cannot be shared among {processes} processes alike")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    device, rank, processes = start_process()
+    output, checkpoint_path = Path(args.output), Path(args.output, "last.pt")
+    if checkpoint_path.exists() and not args.resume:
+        raise DataError(f"{output} holds a run; go on with it by --resume, or choose another folder by --output")
+
+    if rank > 0:
+        dist.barrier()  # the first process alone draws the toy and downloads weights, then the others pass
+    splits = load_dataset(args.dataset, args.data_dir)
+    train = splits["train"]
+    labels = train.labels.to(device)
+    num_classes = int(labels.max()) + 1
+    torch.manual_seed(args.seed)
+    network = SONANet(num_classes, args.sona, args.drop, None if args.weights == "none" else args.weights)
+    if rank == 0 and processes > 1:
+        dist.barrier()
+    sampler = IdentitySampler(train.labels, args.ids_per_batch, args.images_per_id, args.seed, rank, processes)
+    loader = DataLoader(
+        ImageDataset(train.paths, args.height, args.width),
+        batch_sampler=sampler,
+        num_workers=args.workers,
+        persistent_workers=args.workers > 0,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # the workers' seeds, which they do not use, cost the epoch's no draw
+    )
+
+    if args.sync_bn:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, weight_decay=5e-4, fused=True)
+    amp = bf16_pays(device) if args.amp is None else args.amp
+    untrained, history = None, []  # evaluation of the untrained network; a record for each epoch
+    if checkpoint_path.exists():
+        checkpoint = load_checkpoint(checkpoint_path, vars(args), num_classes)
+        network.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        untrained, history = checkpoint["untrained"], checkpoint["history"]
+    if args.compile:
+        network.compile()
+    model = DistributedDataParallel(network, broadcast_buffers=False) if processes > 1 else network
+
+    print(describe(args.dataset, splits))
+    parameters = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    print(
+        f"SONA {args.sona}, drop {args.drop}: {parameters:.1f} M parameters, {args.height} x {args.width} pixels, "
+        f"{processes} x {device.type}, {'bf16' if amp else 'float32'}\n"
+    )
+    if rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
+
+    def measure() -> dict[str, float]:
+        if processes > 1:  # each normalised its own images: like DataParallel, keep the first one's statistics
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
+        size = {"height": args.height, "width": args.width}
+        return evaluate(network, splits, **size, workers=args.workers, amp=amp).figures()
+
+    if args.eval_every and not history:
+        untrained = measure()
+        print(f"untrained    {summary(untrained)}\n")
+    print(f"{'global branch':>32}{'local branch':>22}")
+    print(f"epoch    loss{'  triplet  x-ent  acc%' * 2}       lr  img/s  left")
+    collapsed = 2 * (math.log(num_classes) + (math.log(2) if args.margin is None else args.margin))
+    for epoch in range(len(history), args.epochs):
+        # The epoch's randomness depends on seed, epoch and process alone: a resumed run is the same run.
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, epoch, rank]).generate_state(1)[0]))
+        sampler.set_epoch(epoch)
+        lr = learning_rate(epoch, args.epochs, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        start = time.perf_counter()
+        parts = train_epoch(model, loader, labels, optimizer, args.margin, amp)
+        seconds = time.perf_counter() - start
+        loss = sum(value for name, value in parts.items() if not name.endswith("accuracy"))
+        if not math.isfinite(loss):
+            raise DataError(
+                f"the loss of epoch {epoch} is {loss}; the epochs before it are kept in {output}. "
+                "Start anew with a lower --lr, or with --no-amp"
+            )
+        images_per_second = len(loader) * args.ids_per_batch * args.images_per_id / seconds
+        minutes = seconds * (args.epochs - epoch - 1) / 60
+        print(
+            f"\r{epoch:>5}{loss:>8.3f}"
+            + "".join(
+                f"{parts[f'{branch}_triplet']:>9.3f}{parts[f'{branch}_cross_entropy']:>7.3f}"
+                f"{100 * parts[f'{branch}_accuracy']:>6.1f}"
+                for branch in ("global", "local")
+            )
+            + f"{lr:>9.1e}{images_per_second:>7.0f}{f'{minutes / 60:.1f}h' if minutes >= 60 else f'{minutes:.1f}m':>6}"
+        )
+        if epoch >= args.epochs // 8 and abs(loss / collapsed - 1) < 0.01:  # past the warm-up
+            print(
+                f"  note: the loss stands at 2 (ln {num_classes} + margin) = {collapsed:.2f}: the network has "
+                "collapsed\n  to one embedding for all images; start anew with a lower --lr or another --seed"
+            )
+        record = {"epoch": epoch, "loss": loss, "lr": lr, **parts, "images_per_second": images_per_second}
+        if epoch + 1 == args.epochs or args.eval_every and (epoch + 1) % args.eval_every == 0:
+            record |= measure()
+            print(f"             {summary(record)}")
+        history.append(record)
+        if rank == 0:
+            with open(output / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+            state = {"model": network.state_dict(), "num_classes": num_classes, "settings": vars(args)}
+            training = {"optimizer": optimizer.state_dict(), "untrained": untrained, "history": history}
+            save(state | training, checkpoint_path)
+
+    if rank == 0:
+        save({"model": network.state_dict(), "num_classes": num_classes, "settings": vars(args)}, output / "model.pt")
+    print()
+    if untrained:
+        print(f"untrained    {summary(untrained)}")
+    print(f"trained      {summary(history[-1])}\n\nthe run is in {output}")
+
+
+def train_epoch(
+    model: nn.Module,
+    loader: DataLoader,
+    labels: Tensor,
+    optimizer: torch.optim.Optimizer,
+    margin: float | None = None,
+    amp: bool = False,
+) -> dict[str, float]:
+    """One epoch of steps; returns the means of branch_losses' parts, over the steps and the processes.
+
+    labels (N,) are the classes of the loader's images, on the device to train on.
+    """
+    model.train()
+    sums = {}
+    for step, (images, indices) in enumerate(loader, 1):
+        images = augment(images.to(labels.device, non_blocking=True))
+        targets = labels[indices.to(labels.device, non_blocking=True)]
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=amp):
+            outputs = model(images)
+        loss, parts = branch_losses(outputs, targets, margin)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for name, value in parts.items():  # stays on the device: nothing waits for it until the epoch's end
+            sums[name] = sums.get(name, 0) + value
+        if sys.stdout.isatty():
+            print(f"\r  step {step} of {len(loader)}", end="", flush=True)
+    means = torch.stack(list(sums.values())) / len(loader)
+    if dist.is_initialized():
+        dist.all_reduce(means)
+        means /= dist.get_world_size()
+    return dict(zip(sums, means.tolist(), strict=True))
+
+
+def save(state: dict, path: Path) -> None:
+    """Write a checkpoint so that path holds a whole one at any moment, whatever happens."""
+    scratch = path.with_suffix(".tmp")
+    with open(scratch, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def load_checkpoint(path: Path, settings: dict, num_classes: int) -> dict:
+    """A checkpoint to go on from. Raises DataError if it is damaged or of another run."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        saved = checkpoint["settings"]
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        raise DataError(f"{path} is damaged or no checkpoint of train.py; remove it to start afresh") from error
+    differing = [
+        f"--{name.replace('_', '-')} was {saved.get(name)}, is {value}"
+        for name, value in settings.items()
+        if name not in FREE and saved.get(name) != value
+    ]
+    if differing:
+        raise DataError(f"{path} is of a run with other settings: {'; '.join(differing)}")
+    if checkpoint["num_classes"] != num_classes:
+        raise DataError(f"{path} knows {checkpoint['num_classes']} identities, the training set has {num_classes}")
+    return checkpoint
+
+
+if __name__ == "__main__":
+    run_program(main)

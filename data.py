@@ -1,12 +1,12 @@
-"""Person re-identification data: published sets, the identity sampler, transforms, a toy drawn with Pillow.
+"""Data of SONA-Net (Xia et al., ICCV 2019): re-ID sets, the identity sampler, augmentation, a toy to draw.
 
 Usage:
     splits = load_dataset("market1501", "datasets")     # {"train": Split, "query": Split, "gallery": Split}
     train = splits["train"]
     sampler = IdentitySampler(train.labels, ids_per_batch=32, images_per_id=4)
     loader = DataLoader(ImageDataset(train.paths, 384, 128), batch_sampler=sampler)
-    images, indices = next(iter(loader))                # (128, 3, 384, 128) uint8, (128,)
-    batch, labels = augment(images), train.labels[indices]
+    for images, indices in loader:                      # (128, 3, 384, 128) uint8, (128,)
+        batch, labels = augment(images), train.labels[indices]
 """
 
 import math
@@ -31,13 +31,13 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
 
 
 class Source(NamedTuple):
-    """A data set: the folders its archive unpacks to, and Table 1's (images, identities) of each split."""
+    """A data set in the Market-1501 layout."""
 
-    folders: tuple[str, ...]
-    counts: dict[str, tuple[int, int]]
+    folders: tuple[str, ...]  # under the data folder, any one of them
+    counts: dict[str, tuple[int, int]] = {}  # the published (images, identities) of each split (Table 1)
 
 
-DATASETS = {
+DATASETS = {  # for another set in this layout, add a line
     "toy": Source(("toy",), {"train": (768, 64), "query": (200, 50), "gallery": (250, 50)}),
     "market1501": Source(  # the gallery of Table 1, 19,732, less its 3,819 junk images (Sec. 3.1)
         ("market1501", "Market-1501-v15.09.15"),
@@ -132,17 +132,15 @@ def read_split(folder: Path) -> Split:
 def describe(name: str, splits: dict[str, Split]) -> str:
     """The counts of each split beside Table 1's, with a note where they differ."""
     lines = [f"{name:<16}{'images':>8}{'identities':>12}{'cameras':>9}"]
-    differs = False
-    for split, (images, identities) in DATASETS[name].counts.items():
-        found = splits[split]
+    note = []
+    for split, found in splits.items():
         line = f"  {split:<14}{len(found.paths):>8,}{found.num_ids:>12,}{len(np.unique(found.cams)):>9}"
-        if (len(found.paths), found.num_ids) != (images, identities):
-            differs = True
-            line += f"   published: {images:,} of {identities:,}"
+        published = DATASETS[name].counts.get(split)
+        if published and published != (len(found.paths), found.num_ids):
+            line += f"   published: {published[0]:,} of {published[1]:,}"
+            note = ["note: these are not the published counts; figures do not compare with others'"]
         lines.append(line)
-    if differs:
-        lines.append("note: these are not the published counts; figures do not compare with others'")
-    return "\n".join(lines)
+    return "\n".join(lines + note)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -171,8 +169,7 @@ def read_image(path: str | Path) -> Image.Image:
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(f" '{path}'", "").replace(f": '{path}'", "")
-        raise DataError(f"cannot read the image {path} ({reason}); replace or remove it") from error
+        raise DataError(f"cannot read the image {path}: {error}; replace or remove it") from error
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -198,13 +195,13 @@ def augment(images: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, probability: float = 0.5) -> Tensor:
-    """Fill one random square of an image with 0, wholly inside it: (B, C, H, W) -> same ([8], Sec. 3.2).
+    """Fill one random square of an image with 0, wholly inside it: (B, C, H, W) -> same (Sec. 3.2).
 
     Its side is 64 pixels at 384 x 128, and the same share of the area, 1/12, at any other size. (RandomErasing
     does the same to one image at a time, at which a GPU would wait for each.)
     """
     batch, _, height, width = images.shape
-    side = round(math.sqrt(height * width / 12))
+    side = min(round(math.sqrt(height * width / 12)), height, width)
 
     def random_interval(size: int) -> Tensor:  # (B, size) bool
         start = torch.randint(size - side + 1, (batch, 1), device=images.device)
@@ -237,9 +234,7 @@ class IdentitySampler:
         world_size: int = 1,
     ) -> None:
         labels = np.asarray(labels)
-        order = np.argsort(labels, kind="stable")
-        _, starts = np.unique(labels[order], return_index=True)
-        self.images_of_id = np.split(order, starts[1:])
+        self.images_of_id = [np.flatnonzero(labels == identity) for identity in np.unique(labels)]
         if len(self.images_of_id) < ids_per_batch:
             raise DataError(
                 f"the training set has {len(self.images_of_id)} identities, a batch takes {ids_per_batch}; "
@@ -273,21 +268,8 @@ class IdentitySampler:
 # ---------------------------------------------------------------------------------------------------
 # The toy: pedestrians drawn with Pillow, in the Market-1501 layout, the same bytes every time
 
-COLOURS = [
-    "#b3282d",
-    "#d98032",
-    "#d9c24a",
-    "#3f7d4a",
-    "#3b8f9c",
-    "#2f4f96",
-    "#6d4a8c",
-    "#c98aa2",
-    "#e6e3dc",
-    "#8a8d90",
-    "#26262b",
-    "#6b4a33",
-]
-SKINS, HAIRS = ["#f0c8a8", "#c98f68", "#8a5a3c", "#5a3a2a"], ["#1c1815", "#4a3122", "#a8793f", "#9a9a96"]
+COLOURS = "#b3282d #d98032 #d9c24a #3f7d4a #3b8f9c #2f4f96 #6d4a8c #c98aa2 #e6e3dc #8a8d90 #26262b #6b4a33".split()
+SKINS, HAIRS = "#f0c8a8 #c98f68 #8a5a3c #5a3a2a".split(), "#1c1815 #4a3122 #a8793f #9a9a96".split()
 TOY_CAMERAS = 4
 
 
@@ -296,8 +278,13 @@ def draw_toy(folder: Path) -> None:
 
     Drawn beside the folder and renamed, so that it is whole or not there.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="toy-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix="toy-", dir=folder.parent))
+    except OSError as error:
+        raise DataError(
+            f"cannot draw the toy in {folder.parent}: {error.strerror}; choose another --data-dir"
+        ) from error
     for name in FOLDERS.values():
         (scratch / name).mkdir()
 
@@ -314,6 +301,7 @@ def draw_toy(folder: Path) -> None:
             draw("gallery", person, person, camera, 1)
     for person in range(115, 165):
         draw("gallery", 0, person, 1 + person % TOY_CAMERAS, 0)
+    scratch.chmod(0o755)
     try:
         scratch.rename(folder)
     except OSError:  # another process was faster

@@ -1,4 +1,4 @@
-"""Evaluate trained runs: CMC and mAP, single query, no re-ranking (Sec. 3.3).
+"""Evaluate trained runs of SONA-Net (Xia et al., ICCV 2019): CMC and mAP, single query, no re-ranking (Sec. 3.3).
 
 Usage:
     python evaluate.py runs/toy                          # mAP and Rank-1, 5, 10 of a run, on its own data set
@@ -10,9 +10,10 @@ import argparse
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from data import DATASETS, DataError, ImageDataset, Split, describe, load_datase
 from losses import gather
 from model import SONANet, WeightsError
 
+WORKERS = min(4, os.cpu_count() or 1)
+
 
 class Ranking(NamedTuple):
     """How well queries find their identity, as fractions."""
@@ -33,7 +36,7 @@ class Ranking(NamedTuple):
     average_precisions: np.ndarray  # (queries,), nan where a query was left out
 
     def figures(self) -> dict[str, float]:
-        """The four figures of the paper's tables, as fractions."""
+        """The four figures of the paper's tables, as fractions; max_rank must be 10 or more."""
         return {"mean_ap": self.mean_ap} | {f"rank{k}": float(self.cmc[k - 1]) for k in (1, 5, 10)}
 
 
@@ -46,16 +49,17 @@ def evaluate_ranking(
     gallery_cams: np.ndarray,
     max_rank: int = 50,
 ) -> Ranking:
-    """CMC and average precision of single queries under Euclidean distance (Market-1501 protocol, [50]).
+    """CMC and average precision of single queries under Euclidean distance (Market-1501 protocol, Zheng et al. 2015).
 
     features (N, D), ids and cams (N,). For each query, gallery images of its own identity under its own
     camera do not count, nor does junk (identity -1). A query without a true match under another camera is
-    left out. AP is the mean of the precisions at each true match. Equal distances rank in gallery order.
+    left out. AP is the mean of the precisions at each true match. Distances are in the features' precision, at
+    least float32; equal ones rank in gallery order.
 
     Raises ValueError where shapes do not fit, features are not finite, or no query has a true match.
 
-    Exact without sorting: a match's rank is a count of the images nearer than it. Memory above the
-    features is one slab of distances, whatever the size of the gallery.
+    Nothing is sorted: a match's rank is a count of the images nearer than it. Memory is that of the features
+    once more and a slab of distances, whatever the size of the gallery.
     """
     dtype = np.result_type(query_features, gallery_features, np.float32)
     query_features, gallery_features = (np.asarray(x, dtype) for x in (query_features, gallery_features))
@@ -74,11 +78,11 @@ def evaluate_ranking(
         if not ids.shape == cams.shape == features.shape[:1]:
             raise ValueError(f"{side}: {len(features)} features, but ids {ids.shape} and cams {cams.shape}")
 
-    # |q - g|^2 / 2 less |q|^2 / 2, which is the same for all g, is |g|^2 / 2 - qg: one matrix product.
-    half_norms = np.einsum("nd,nd->n", gallery_features, gallery_features) / 2
-    query_sums = query_features.sum(1)
-    if not (np.isfinite(half_norms).all() and np.isfinite(query_sums).all()):
-        raise ValueError("the features hold nan or inf; was the network trained to the end?")
+    # Distances are the same from any origin; far from 0, where products cancel, one of the images is a good one.
+    query_features, gallery_features = query_features - gallery_features[0], gallery_features - gallery_features[0]
+    query_norms, half_norms = (np.einsum("nd,nd->n", x, x) / 2 for x in (query_features, gallery_features))
+    if not (np.isfinite(query_norms).all() and np.isfinite(half_norms).all()):
+        raise ValueError("the features hold nan, inf or numbers too large to square; did the training go wrong?")
     half_norms[gallery_ids == -1] = np.inf  # junk comes last, behind every match
 
     by_id = np.argsort(gallery_ids, kind="stable")
@@ -88,6 +92,7 @@ def evaluate_ranking(
     hits = np.zeros(max_rank)
     slab = max(1, 2**23 // max(1, len(gallery_ids)))  # rows of 8M distances in all, 32 MB in float32
     for start in range(0, len(query_ids), slab):
+        # |q - g|^2 / 2 without |q|^2 / 2, which is the same for all g, is |g|^2 / 2 - qg: one matrix product.
         distances = query_features[start : start + slab] @ gallery_features.T  # (slab, gallery)
         np.subtract(half_norms, distances, out=distances)
         for query, row in enumerate(distances, start):
@@ -97,7 +102,7 @@ def evaluate_ranking(
             matches = same_id[~same_cam]
             if len(matches) == 0 or query_ids[query] == -1:
                 continue
-            # Nearer, or as near and earlier in the gallery.
+            # A match's rank, from 0: how many are nearer, or as near and earlier in the gallery.
             ranks = [np.count_nonzero(row[:i] <= row[i]) + np.count_nonzero(row[i:] < row[i]) for i in matches]
             ranks = np.sort(ranks)
             average_precisions[query] = np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1))
@@ -133,8 +138,8 @@ def extract_features(
     """
     device = next(network.parameters()).device
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = -(-len(paths) // processes)  # of equal size; the last ones begin again with the first image
-    own = [paths[i % len(paths)] for i in range(rank, share * processes, processes)]
+    share = math.ceil(len(paths) / processes)  # the same for all: the last ones begin again with the first image
+    own = [paths[i % len(paths)] for i in range(rank * share, (rank + 1) * share)]
     images = ImageDataset(own, height, width)
     loader = DataLoader(images, batch_size=64, num_workers=workers, pin_memory=device.type == "cuda")
     network.eval()
@@ -144,8 +149,7 @@ def extract_features(
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             both = network(torch.cat([batch, batch.flip(3)]))  # (2B, 1536)
         features.append(both.float().unflatten(0, (2, -1)).mean(0))
-    features = gather(torch.cat(features)).unflatten(0, (processes, share))  # (processes, share, 1536)
-    return features.transpose(0, 1).flatten(0, 1)[: len(paths)].cpu().numpy()
+    return gather(torch.cat(features))[: len(paths)].cpu().numpy()
 
 
 def evaluate(network: nn.Module, splits: dict[str, Split], **options) -> Ranking:
@@ -153,9 +157,12 @@ def evaluate(network: nn.Module, splits: dict[str, Split], **options) -> Ranking
     query, gallery = splits["query"], splits["gallery"]
     features = [extract_features(network, split.paths, **options) for split in (query, gallery)]
     try:
-        return evaluate_ranking(*features, query.ids, gallery.ids, query.cams, gallery.cams)
+        ranking = evaluate_ranking(*features, query.ids, gallery.ids, query.cams, gallery.cams)
     except ValueError as error:
         raise DataError(str(error)) from error
+    if left_out := np.count_nonzero(np.isnan(ranking.average_precisions)):
+        print(f"  {left_out} of {len(query.ids)} queries left out: no true match under another camera")
+    return ranking
 
 
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[SONANet, dict]:
@@ -220,7 +227,11 @@ def run_program(main: Callable[[], None]) -> None:
     """Run a program's main; bad input ends it with one line on standard error."""
     try:
         main()
-    except (DataError, WeightsError) as error:
+    except Exception as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(5)  # the first process may be telling the cause; torchrun then ends this one
+        if not isinstance(error, DataError | WeightsError):
+            raise
         message = str(error).splitlines()[-1]  # from a worker process its traceback comes first
         sys.exit(f"{Path(sys.argv[0]).name}: error: {message.removeprefix('data.DataError: ')}")
     finally:
@@ -228,13 +239,20 @@ def run_program(main: Callable[[], None]) -> None:
             dist.destroy_process_group()
 
 
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that tells an error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DataError(f"{message} (--help lists the flags)")
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Evaluate trained runs: mAP and CMC, single query, no re-ranking.")
+    parser = Parser(description="Evaluate trained runs: mAP and CMC, single query, no re-ranking.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run's folder; of several, mean and standard deviation follow")
     add("--dataset", choices=DATASETS, help="rank another set than the run's own")
     add("--data-dir", default="datasets", help="where the data sets' folders lie [%(default)s]")
-    add("--workers", type=number(int, 0), default=4, help="processes that read images, 0 for none [%(default)s]")
+    add("--workers", type=number(int, 0), default=WORKERS, help="processes that read images [%(default)s]")
     add("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast [where the device gains by it]")
     return parser.parse_args()
 
@@ -252,11 +270,8 @@ def main() -> None:
             print(describe(name, splits), "\n")
         size = {key: settings[key] for key in ("height", "width")}
         ranking = evaluate(network, splits, **size, workers=args.workers, amp=amp)
-        left_out = np.count_nonzero(np.isnan(ranking.average_precisions))
         results.append(ranking.figures())
         print(f"{run:<22}  {summary(results[-1])}")
-        if left_out:
-            print(f"  {left_out} queries left out: no true match under another camera")
     if len(results) > 1:
         for title, function in (("mean", np.mean), ("standard deviation", np.std)):
             print(f"{title:<22}  {summary({key: function([r[key] for r in results]) for key in results[0]})}")

@@ -1,4 +1,4 @@
-"""The losses of SONA-Net: batch-hard triplet and label-smoothed cross-entropy, on both branches (Sec. 2.1).
+"""The losses of SONA-Net (Xia et al., ICCV 2019): batch-hard triplet and label-smoothed cross-entropy, Sec. 2.1.
 
 Usage:
     loss, parts = branch_losses(model(images), labels)
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def batch_hard_triplet_loss(embeddings: Tensor, labels: Tensor, margin: float | None = None) -> Tensor:
-    """Triplet loss of each anchor's farthest positive and nearest negative ([12], Eq. 5).
+    """Triplet loss of each anchor's farthest positive and nearest negative (Hermans et al. 2017, Eq. 5).
 
     embeddings (B, D) floats, labels (B,) integers; returns a scalar in float32 or wider, also inside
     autocast. With margin None the soft margin, mean of softplus(d_ap - d_an); with a number the hard
@@ -44,22 +44,22 @@ def branch_losses(
     """The sum of both losses of both branches, to call backward on, and its parts, to log.
 
     outputs are the network's [(embedding (B, D), logits (B, classes)), ...], global branch first; labels
-    (B,). The parts are detached scalars: each branch's triplet loss, cross-entropy and accuracy (the
-    share of images whose identity it names).
+    (B,). Label smoothing is Szegedy et al.'s (2016). The parts are detached scalars: the loss, and each
+    branch's triplet loss, cross-entropy and accuracy (the share of images whose identity it names).
 
     Under DistributedDataParallel triplets are mined over the global batch, as DataParallel did for the
-    authors (Sec. 3.2). DDP averages the processes' gradients: right for the cross-entropy, a mean over
-    each one's images. Of the triplet loss, each process has the derivative by its own embeddings only,
-    one of the terms of a sum; times the number of processes, DDP's average is that sum. The total that
-    this returns is scaled so; the parts are not, and the cross-entropy's is this process's own.
+    authors (Sec. 3.2). Each process back-propagates through its own embeddings only, so that the gradient
+    is the sum over the processes, while DDP takes their mean: hence the factor `processes`. Cross-entropy
+    is a mean over a process's own images, for which DDP's mean is right. The parts are without the factor.
     """
     processes = dist.get_world_size() if dist.is_initialized() else 1
     all_labels = gather(labels)
-    total, parts = torch.zeros((), device=labels.device), {}
+    total, parts = 0, {"loss": 0}
     for branch, (embedding, logits) in zip(("global", "local"), outputs, strict=True):
         triplet = batch_hard_triplet_loss(gather(embedding), all_labels, margin)
         cross_entropy = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
         total = total + processes * triplet + cross_entropy
+        parts["loss"] = parts["loss"] + triplet.detach() + cross_entropy.detach()
         parts[f"{branch}_triplet"] = triplet.detach()
         parts[f"{branch}_cross_entropy"] = cross_entropy.detach()
         parts[f"{branch}_accuracy"] = (logits.argmax(1) == labels).float().mean()

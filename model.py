@@ -1,4 +1,4 @@
-"""SONA-Net: second-order non-local attention for person re-identification (Xia et al., ICCV 2019).
+"""SONA-Net: second-order non-local attention networks for person re-identification (Xia et al., ICCV 2019).
 
 Fig. 2:
     images (B, 3, 384, 128)
@@ -13,6 +13,8 @@ Usage:
     [(global_embedding, global_logits), (local_embedding, local_logits)] = model.train()(images)
     embedding = model.eval()(images)                    # (B, 1536)
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,6 @@ PLACEMENTS = {  # where SONA stands: after stage 2, after stage 3, after stage 4
     "4-local": ("local",),
     "4-both": ("global", "local"),
 }
-DROPS = ("none", "dropblock", "dropblock+", "bfe")
 
 
 class WeightsError(ValueError):
@@ -54,7 +55,8 @@ class SONA(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 2) -> None:
         super().__init__()
-        reduced = channels // reduction
+        reduced = channels // reduction  # d
+        self.scale = reduced**-1.5  # 1 / d of Eq. 1 times 1 / sqrt(d) of Eq. 2
         self.theta = nn.Sequential(nn.Conv2d(channels, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.LeakyReLU())
         self.g = nn.Conv2d(channels, reduced, 1)
         self.p = nn.Conv2d(reduced, channels, 1)
@@ -62,22 +64,20 @@ class SONA(nn.Module):
         nn.init.zeros_(self.p.bias)
 
     def centred_theta(self, x: Tensor) -> Tensor:
-        """theta(x) less its mean over channels: (B, C, H, W) -> (B, HW, d)."""
+        """theta_c: (B, C, H, W) -> (B, HW, d)."""
         theta = tokens(self.theta(x))
         return theta - theta.mean(2, keepdim=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        theta, g = self.centred_theta(x), tokens(self.g(x))  # (B, HW, d)
-        z = F.scaled_dot_product_attention(  # one head: (B, 1, HW, d)
-            theta[:, None], theta[:, None], g[:, None], scale=theta.shape[2] ** -1.5
-        )
+        theta_c, g = self.centred_theta(x)[:, None], tokens(self.g(x))[:, None]  # one head: (B, 1, HW, d)
+        z = F.scaled_dot_product_attention(theta_c, theta_c, g, scale=self.scale)
         z = z[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (B, d, H, W)
         return x + self.p(z)
 
     def attention(self, x: Tensor) -> Tensor:
-        """The attention map of Eq. 2, (B, HW, HW) with rows that sum to 1; for looking at (Fig. 3)."""
-        theta = self.centred_theta(x)
-        return (theta @ theta.transpose(1, 2) * theta.shape[2] ** -1.5).softmax(2)
+        """The softmax of Eq. 2, (B, HW, HW) with rows that sum to 1; in eval mode, to look at it (Fig. 3)."""
+        theta_c = self.centred_theta(x)
+        return (theta_c @ theta_c.transpose(1, 2) * self.scale).softmax(2)
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -91,9 +91,9 @@ def tokens(x: Tensor) -> Tensor:
 class DropBlockPlus(nn.Module):
     """DropBlock with a block of its own height and width: (B, C, H, W) -> same (Sec. 2.1).
 
-    drop_rate is the share of positions to drop (the gamma of Sec. 3.2). One mask per image, shared
-    by its channels; what is kept is rescaled so that the mask's mean is 1. Identity in eval mode.
-    A block larger than the map is cut to the map.
+    drop_rate is the share of positions to drop (the gamma of Sec. 3.2), before blocks overlap. One mask
+    per image, shared by its channels; what is kept is rescaled so that the mask's mean is 1. A block
+    larger than the map is cut to it. Identity in eval mode.
     """
 
     def __init__(self, drop_rate: float = 0.1, block_height: int = 5, block_width: int = 8) -> None:
@@ -105,18 +105,16 @@ class DropBlockPlus(nn.Module):
             return x
         height, width = x.shape[2:]
         block_height, block_width = min(self.block_height, height), min(self.block_width, width)
-        # A seed is the corner of a block that lies wholly inside the map. Each drops a block's area,
-        # hence the seed rate (Ghiasi et al. 2018, Eq. 1).
+        # Seeds are the corners of blocks that lie wholly inside the map, in rows x columns places. Each drops
+        # block_height * block_width positions, and drop_rate of height * width are to go ([10], Eq. 1).
         rows, columns = height - block_height + 1, width - block_width + 1
         seed_rate = self.drop_rate / (block_height * block_width) * (height * width) / (rows * columns)
         seeds = (torch.rand(len(x), 1, rows, columns, device=x.device) < seed_rate).float()
+        # Padded on all sides, so that a position's window holds every corner whose block covers it.
         margins = (block_width - 1, block_width - 1, block_height - 1, block_height - 1)
         mask = 1 - F.max_pool2d(F.pad(seeds, margins), (block_height, block_width), stride=1)  # (B, 1, H, W)
-        mask = mask / mask.mean((2, 3), keepdim=True).clamp(min=1 / (height * width))
+        mask = mask / mask.mean((2, 3), keepdim=True).clamp(min=1 / (height * width))  # all dropped: stays 0
         return x * mask.to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.drop_rate}, block={self.block_height}x{self.block_width}"
 
 
 class BatchDropBlock(nn.Module):
@@ -144,22 +142,26 @@ class BatchDropBlock(nn.Module):
         position = torch.arange(size, device=device)
         return (start <= position) & (position < start + length)
 
-    def extra_repr(self) -> str:
-        return f"{self.height_ratio:.3g}, {self.width_ratio:.3g}"
+
+DROPS = {  # the local branch's drop layer (Table 5)
+    "none": nn.Identity,  # BL
+    "dropblock": partial(DropBlockPlus, block_height=7, block_width=7),  # BL+DB
+    "dropblock+": DropBlockPlus,  # BL+DB+
+    "bfe": partial(BatchDropBlock, height_ratio=1 / 3, width_ratio=1),  # BL+BFE
+}
 
 
 class SONANet(nn.Module):
-    """The network of Fig. 2. Keep it and its input channels-last: it is faster.
+    """The network of Fig. 2. It runs faster with .to(memory_format=torch.channels_last), as its input.
 
     sona     where SONA stands, a key of PLACEMENTS
-    drop     the local branch's drop layer, one of DROPS: none (BL), dropblock (BL+DB, 7x7 blocks),
-             dropblock+ (BL+DB+), bfe (BL+BFE, a third of the height, full width)
+    drop     the local branch's drop layer, a key of DROPS
     weights  of the backbone: None, "imagenet", or the path of a ResNet-50 state dict
 
-    Input: (B, 3, height, width) floats, normalised; height and width in multiples of 8.
-    In training mode returns [(global_embedding (B, 512), global_logits (B, num_classes)),
-    (local_embedding (B, 1024), local_logits (B, num_classes))]; in eval mode the test embedding,
-    the two embeddings concatenated (B, 1536).
+    Input: (B, 3, height, width) floats, normalised by ImageNet's mean and standard deviation. In training
+    mode returns [(global_embedding (B, 512), global_logits (B, num_classes)), (local_embedding (B, 1024),
+    local_logits (B, num_classes))]; in eval mode the two embeddings concatenated, (B, 1536). The paper's
+    test embedding is the mean of an image's and its mirror image's (Sec. 3.2).
 
     Raises ValueError for an unknown sona or drop, WeightsError for weights that cannot be loaded.
     """
@@ -182,18 +184,15 @@ class SONANet(nn.Module):
         self.sona3 = sona_after("stage3", 1024)
         self.stage4 = backbone.layer4
 
-        self.global_branch = nn.Sequential(sona_after("global", 2048), nn.AdaptiveAvgPool2d(1), reduction(2048, 512))
+        self.global_branch = nn.Sequential(
+            sona_after("global", 2048), nn.AdaptiveAvgPool2d(1), feature_reduction(2048, 512)
+        )
         self.local_branch = nn.Sequential(
             sona_after("local", 2048),
             Bottleneck(2048, 512),
-            {
-                "none": nn.Identity(),
-                "dropblock": DropBlockPlus(block_height=7, block_width=7),
-                "dropblock+": DropBlockPlus(),
-                "bfe": BatchDropBlock(height_ratio=1 / 3, width_ratio=1),
-            }[drop],
+            DROPS[drop](),
             nn.AdaptiveMaxPool2d(1),
-            reduction(2048, 1024),
+            feature_reduction(2048, 1024),
         )
         self.global_classifier = nn.Linear(512, num_classes)
         self.local_classifier = nn.Linear(1024, num_classes)
@@ -216,7 +215,7 @@ class SONANet(nn.Module):
         ]
 
 
-def reduction(channels: int, reduced: int) -> nn.Sequential:
+def feature_reduction(channels: int, reduced: int) -> nn.Sequential:
     """The feature reduction module of both branches: (B, channels, 1, 1) -> (B, reduced) (Sec. 2.1)."""
     return nn.Sequential(nn.Conv2d(channels, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU(), nn.Flatten())
 
@@ -226,30 +225,29 @@ def dilated_resnet50(weights: str | None = None) -> ResNet:
 
     weights as in SONANet. Raises WeightsError.
     """
-    dilation = [False, True, True]
-    if weights is None:  # from scratch it learns better when each block starts as the identity
-        return resnet50(replace_stride_with_dilation=dilation, zero_init_residual=True)
+    # From scratch it learns better when each residual block starts as the identity.
+    network = resnet50(replace_stride_with_dilation=[False, True, True], zero_init_residual=weights is None)
+    if weights is None:
+        return network
     if weights == "imagenet":
         source = ResNet50_Weights.IMAGENET1K_V1
         try:
-            return resnet50(weights=source, replace_stride_with_dilation=dilation)
-        except (OSError, RuntimeError) as error:  # no connection; a download that was cut short
+            state = source.get_state_dict(check_hash=True)
+        except Exception as error:  # no connection, a download cut short, a damaged file in the cache
             raise WeightsError(
-                f"the ImageNet weights could not be downloaded ({error}); fetch {source.url} on another "
-                "machine and pass the file as weights, or train without"
+                f"cannot download or read the ImageNet weights ({error}); fetch {source.url} elsewhere and pass "
+                "its path as weights, or train with none"
             ) from error
-
+    else:
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise WeightsError(f"cannot read the weights {weights}: {error.strerror}") from error
+        except Exception as error:  # what a damaged file raises depends on where it is damaged
+            raise WeightsError(f"{weights} is damaged or not a file of PyTorch weights") from error
+    network.fc = nn.Identity()
     try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise WeightsError(f"cannot read the weights {weights}: {error.strerror}") from error
-    except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise WeightsError(f"{weights} is damaged or not a file of PyTorch weights") from error
-    network = resnet50(replace_stride_with_dilation=dilation)
-    try:
-        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
-        network.fc = nn.Identity()
-        network.load_state_dict(state)
+        network.load_state_dict({name: value for name, value in state.items() if not name.startswith("fc.")})
     except (AttributeError, RuntimeError, TypeError) as error:
         raise WeightsError(f"{weights} does not hold the weights of a ResNet-50") from error
     return network

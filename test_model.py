@@ -3,28 +3,35 @@
 In the order of the files: the network, the losses, the data, the schedule, the ranking, the programs.
 """
 
+import contextlib
 import json
 import math
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from torchvision.models import ResNet50_Weights, resnet18, resnet50
 
 import data
-import model as model_file
 from data import DATASETS, DataError, IdentitySampler, ImageDataset, augment, cutout, load_dataset, normalize
 from evaluate import evaluate_ranking, extract_features
 from losses import batch_hard_triplet_loss, branch_losses
 from model import DROPS, PLACEMENTS, SONA, BatchDropBlock, DropBlockPlus, SONANet, WeightsError
-from train import learning_rate
+from train import collapsed, learning_rate, train_epoch
 
 HERE = Path(__file__).parent
 
@@ -103,15 +110,17 @@ def test_sona_has_the_papers_layers_and_starts_as_the_identity():
 def test_sona_never_holds_the_attention_matrix():
     """Forward and backward on 192 x 64 positions, where the matrix alone takes 600 MB."""
     code = """
-import resource, torch
+import torch
 from model import SONA
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 sona, x = SONA(512), torch.randn(1, 512, 192, 64, requires_grad=True)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 sona(x).sum().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
     extra = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True).stdout
-    assert int(extra) < 400 * 1024  # in KiB on Linux
+    assert int(extra) < 400 * 1024  # KiB
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -119,7 +128,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_dropblock_plus_drops_blocks_of_its_size_and_rescales_the_rest():
-    dropped_share = []
     layer, x = DropBlockPlus(), torch.ones(2000, 3, 48, 16)
     y = layer(x)
     assert torch.equal(y[:, 0], y[:, 2])  # one mask for all channels
@@ -266,8 +274,13 @@ def test_drop_layers_act_on_the_local_branch_in_training_only():
             assert (layer.drop_rate, layer.block_height, layer.block_width) == (0.1, *sizes[drop])
         if drop == "bfe":
             assert (layer.height_ratio, layer.width_ratio) == (1 / 3, 1)
-        images = torch.randn(1, 3, 64, 32)
+        images = torch.randn(2, 3, 64, 32)
         assert torch.equal(network.eval()(images), network(images))
+        seen = []
+        layer.register_forward_hook(lambda layer, inputs, output, seen=seen: seen.append((inputs[0] == output).all()))
+        layer.drop_rate = 0.9
+        network.train()(images)
+        assert seen[0] == (drop == "none")
 
 
 def test_the_test_embedding_is_global_then_local():
@@ -421,13 +434,65 @@ def test_the_loss_is_the_sum_of_both_losses_of_both_branches():
         torch.testing.assert_close(parts[f"{branch}_cross_entropy"], cross_entropy)
         torch.testing.assert_close(parts[f"{branch}_triplet"], triplet_by_brute_force(embedding, labels, None))
         torch.testing.assert_close(parts[f"{branch}_accuracy"], (logits.argmax(1) == labels).float().mean())
-    torch.testing.assert_close(total, sum(value for name, value in parts.items() if "accuracy" not in name))
+    losses = [parts[f"{branch}_{loss}"] for branch in ("global", "local") for loss in ("triplet", "cross_entropy")]
+    torch.testing.assert_close(total, sum(losses))
+    torch.testing.assert_close(parts["loss"], sum(losses))
 
 
 def test_a_collapsed_network_has_the_loss_that_train_names():
     outputs = [(torch.ones(8, d), torch.zeros(8, 751)) for d in (512, 1024)]
-    total, _ = branch_losses(outputs, torch.arange(8) // 4)
+    total, parts = branch_losses(outputs, torch.arange(8) // 4)
     assert total.item() == pytest.approx(14.63, abs=0.005)
+    assert collapsed(parts, 751)
+    assert collapsed(branch_losses(outputs, torch.arange(8) // 4, margin=0.3)[1], 751, 0.3)
+    # A loss of the same sum need not be a collapse.
+    assert not collapsed({**parts, "local_triplet": parts["local_triplet"] + 1}, 751)
+
+
+def step(rank, processes, folder):
+    """One process's part of a step on a fixed batch, normalisation frozen; the first leaves loss and gradients."""
+    torch.set_num_threads(1)
+    if processes > 1:
+        dist.init_process_group("gloo", f"file://{folder}/{processes}", rank=rank, world_size=processes)
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 32, 16)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 3, 3])  # most anchors' positives lie in another process
+    network = SONANet(4, drop="none")
+    nn.init.normal_(network.sona2.p.weight, std=0.1)
+    network.train()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.2, 1)
+            module.eval()
+    model = DistributedDataParallel(network) if processes > 1 else network
+    share = slice(rank * 8 // processes, (rank + 1) * 8 // processes)
+    results = {}
+    for margin in (None, 5.0):
+        network.zero_grad()
+        total, parts = branch_losses(model(images[share]), labels[share], margin)
+        total.backward()
+        loss = parts["loss"]
+        if processes > 1:
+            dist.all_reduce(loss)
+        results[margin] = loss / processes, [p.grad.clone() for p in network.parameters()]
+    if rank == 0:
+        torch.save(results, f"{folder}/{processes}.pt")
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+def test_a_step_of_several_processes_is_that_of_one_with_the_whole_batch(tmp_path):
+    threads = torch.get_num_threads()
+    step(0, 1, tmp_path)
+    torch.set_num_threads(threads)
+    alone = torch.load(tmp_path / "1.pt", weights_only=True)
+    for processes in (2, 4):
+        mp.spawn(step, (processes, tmp_path), processes)
+        shared = torch.load(tmp_path / f"{processes}.pt", weights_only=True)
+        for margin, (loss, gradients) in alone.items():
+            torch.testing.assert_close(shared[margin][0], loss, rtol=1e-5, atol=0)
+            for ours, theirs in zip(shared[margin][1], gradients, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -648,7 +713,7 @@ def test_processes_share_the_same_global_batch():
 
 
 def test_sampler_needs_a_batch_of_identities():
-    with pytest.raises(DataError, match="10 identities, a batch takes 11; lower --ids-per-batch"):
+    with pytest.raises(DataError, match="10 identities, a batch takes 11"):
         IdentitySampler(LABELS, ids_per_batch=11)
 
 
@@ -692,6 +757,19 @@ def test_other_numbers_of_epochs_run_the_same_course():
     )
     assert [learning_rate(epoch, 800) for epoch in range(0, 800, 2)] == [learning_rate(e) for e in range(400)]
     assert learning_rate(0, 1) == pytest.approx(1e-4)
+
+
+def test_a_step_of_adam_moves_the_weights_by_the_learning_rate(tmp_path):
+    split = data.read_split(draw_market(tmp_path) / "bounding_box_train")
+    sampler = IdentitySampler(split.labels, 4, 2)
+    loader = DataLoader(ImageDataset(split.paths, 32, 16), batch_sampler=sampler)
+    network = SONANet(4)
+    before = network.global_classifier.weight.clone()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    parts = train_epoch(network, loader, split.labels, optimizer)
+    assert parts["global_cross_entropy"] == pytest.approx(math.log(4), abs=0.02)
+    moved = (network.global_classifier.weight - before).abs()
+    assert moved.max().item() == pytest.approx(1e-3, rel=1e-2)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -748,8 +826,25 @@ def test_ranking_in_several_slabs_is_the_same_ranking():
     np.testing.assert_array_equal(whole.average_precisions, np.concatenate([p.average_precisions for p in parts]))
 
 
+def test_ranking_does_not_cancel_far_from_the_origin():
+    arguments = random_ranking(queries=60, gallery=300, ids=15, dimensions=64, levels=1000)
+    _, aps = rank_by_brute_force(*arguments)
+    for side in (0, 1):
+        arguments[side] = arguments[side] / 1024 + 512
+    np.testing.assert_allclose(evaluate_ranking(*arguments).average_precisions, aps, rtol=1e-12)
+
+
+def test_a_collapsed_network_ranks_in_gallery_order():
+    rng = np.random.default_rng(0)
+    one = rng.random((1, 1536), dtype=np.float32)
+    ids = rng.integers(1, 4, 37)
+    ranking = evaluate_ranking(one, np.tile(one, (37, 1)), np.array([1]), ids, np.array([1]), np.full(37, 2))
+    hits = np.flatnonzero(ids == 1) + 1
+    assert ranking.mean_ap == pytest.approx(np.mean(np.arange(1, len(hits) + 1) / hits))
+
+
 def test_ranking_by_hand():
-    """One query of identity 1, camera 1; the gallery in order of distance: junk, own camera, wrong, right, wrong, right."""
+    """One query; the gallery in order of distance: junk, own camera, wrong, right, distractor, right."""
     gallery = np.arange(1, 7, dtype=np.float32)[:, None]
     ids, cams = np.array([-1, 1, 2, 1, 0, 1]), np.array([2, 1, 2, 2, 2, 3])
     ranking = evaluate_ranking(np.zeros((1, 1)), gallery, np.array([1]), ids, np.array([1]), cams, max_rank=6)
@@ -791,13 +886,23 @@ def test_features_average_the_image_and_its_mirror_image(tmp_path):
 # The programs
 
 
-def program(*command, torchrun=0, check=True):
-    """Run train.py or evaluate.py as a user does; returns the finished process."""
+def program_arguments(command, torchrun=0):
+    """What starts train.py or evaluate.py as a user does, by python or by torchrun."""
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}"] if torchrun else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONWARNINGS": "error::UserWarning"}
-    done = subprocess.run(
-        [sys.executable, *launcher, *map(str, command)], cwd=HERE, env=environment, capture_output=True, text=True
-    )
+    threads = "1" if torchrun else "2"  # processes that fight for cores are slow
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "error::UserWarning"}
+    return {
+        "args": [sys.executable, *launcher, *map(str, command)],
+        "cwd": HERE,
+        "env": environment,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+
+
+def program(*command, torchrun=0, check=True):
+    """Run a program to its end; returns the finished process."""
+    done = subprocess.run(**program_arguments(command, torchrun), stdout=subprocess.PIPE)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -838,6 +943,64 @@ def test_a_run_trains_logs_and_evaluates(run):
     assert f"trained      mAP{100 * records[3]['mean_ap']:7.2f}" in done.stdout
 
 
+def test_a_checkpoint_holds_adam_as_the_paper_runs_it(run):
+    output, _ = run
+    group = torch.load(output / "last.pt", weights_only=True)["optimizer"]["param_groups"][0]
+    assert group["lr"] == learning_rate(3, 4)
+    assert (group["weight_decay"], group["betas"], group["fused"]) == (5e-4, (0.9, 0.999), True)
+
+
+def contents(output):
+    """A run's final weights, and its log without the speed."""
+    weights = torch.load(output / "model.pt", weights_only=True)["model"]
+    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return weights, [{k: v for k, v in record.items() if k != "images_per_second"} for record in records]
+
+
+def assert_same_run(output, other):
+    (weights, records), (other_weights, other_records) = contents(output), contents(other)
+    assert records == other_records
+    for name, value in weights.items():
+        assert torch.equal(value, other_weights[name]), name
+
+
+def kill(output):
+    """SIGKILL to all processes of the run that writes to output: launcher, training and reading ones."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(output) in (process / "cmdline").read_text():
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_run_that_is_killed_and_resumed_is_the_same_run(market, run, tmp_path, processes):
+    """SIGKILL, at a random moment of an epoch, of its end or of its checkpoint; with and without workers."""
+    command = [*market, "--epochs", 4, "--eval-every", 2, "--resume"]
+    whole = run[0]
+    if processes:
+        whole = tmp_path / "whole"
+        program(*command, "--workers", 0, "--output", whole, torchrun=processes)
+    output = tmp_path / "killed"
+    arguments = [*command, "--workers", 1, "--output", output]
+    for epochs in (0, 1, 3):
+        with subprocess.Popen(**program_arguments(arguments, processes), stdout=subprocess.DEVNULL) as running:
+            log = output / "log.jsonl"
+            while running.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= epochs):
+                time.sleep(0.02)
+            time.sleep(random.uniform(0, 1.5))
+            kill(output)
+    program(*command, "--workers", 1, "--output", output, torchrun=processes)
+    assert_same_run(output, whole)
+
+
+def test_a_run_is_not_resumed_with_other_settings(market, run):
+    output, _ = run
+    command = [*market, "--epochs", 5, "--margin", 0.5, "--output", output, "--resume"]
+    done = program(*command, check=False)
+    assert "--epochs was 4, is 5; --margin was None, is 0.5" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_run_is_not_overwritten(market, run):
     output, _ = run
     before = (output / "last.pt").stat().st_mtime
@@ -855,3 +1018,30 @@ def test_evaluate_prints_the_runs_own_figures(market, run):
     evaluated = program("evaluate.py", output, *arguments)
     assert trained in evaluated.stdout
     assert max(map(len, evaluated.stdout.splitlines()[:-1])) <= 80
+
+
+def test_evaluation_under_torchrun_gives_the_figures_of_one_process(market, run):
+    output, done = run
+    arguments = ["--data-dir", market[market.index("--data-dir") + 1], "--workers", 0, "--no-amp"]
+    evaluated = program("evaluate.py", output, *arguments, torchrun=2)
+    assert done.stdout.split("trained    ")[-1].splitlines()[0].strip() in evaluated.stdout
+
+
+def test_an_image_that_cannot_be_read_ends_training_with_one_line(tmp_path):
+    folder = draw_market(tmp_path / "market1501") / "bounding_box_train"
+    (folder / "0001_c1s1_000000_00.jpg").write_text("not an image")
+    for workers in (0, 1):
+        command = ["train.py", "--dataset", "market1501", "--data-dir", tmp_path, *SMALL, "--ids-per-batch", 4]
+        done = program(*command, "--images-per-id", 4, "--workers", workers, "--output", tmp_path / "run", check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith("train.py: error: cannot read the image"), done.stderr
+        assert "0001_c1s1_000000_00.jpg" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_bf16_and_compiled_training_give_the_losses_of_float32(market, tmp_path):
+    losses = {}
+    for name, flags in {"float32": [], "bf16": ["--amp"]}.items():
+        program(*market, *flags, "--epochs", 1, "--eval-every", 0, "--workers", 0, "--output", tmp_path / name)
+        losses[name] = json.loads((tmp_path / name / "log.jsonl").read_text())["loss"]
+    assert losses["bf16"] == pytest.approx(losses["float32"], rel=0.05)

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data import DATASETS, DataError, IdentitySampler, ImageDataset, augment, describe, load_dataset
-from evaluate import bf16_pays, evaluate, number, run_program, start_process, summary
+from evaluate import WORKERS, Parser, bf16_pays, evaluate, number, run_program, start_process, summary
 from losses import branch_losses
 from model import DROPS, PLACEMENTS, SONANet
 
@@ -48,7 +48,7 @@ def learning_rate(epoch: int, epochs: int = 400, peak: float = 1e-3) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train SONA-Net. Defaults, in brackets, are the paper's (Sec. 3.2); the toy has its own: "
         + ", ".join(f"{key} {value}" for key, value in TOY.items())
         + "."
@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     add(
         "--workers",
         type=number(int, 0),
-        default=4,
+        default=WORKERS,
         help="processes that read images, per GPU; more if the GPU waits for them, 0 for none [%(default)s]",
     )
 
@@ -115,6 +115,10 @@ def parse_args() -> argparse.Namespace:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.ids_per_batch % processes:
         parser.error(f"--ids-per-batch {args.ids_per_batch} cannot be shared among {processes} processes alike")
+    if args.ids_per_batch // processes * args.images_per_id < 2:
+        parser.error("one image per process cannot be normalised; raise --ids-per-batch or --images-per-id")
+    if args.sync_bn and not torch.cuda.is_available():
+        parser.error("--sync-bn needs GPUs")
     return args
 
 
@@ -122,19 +126,21 @@ def main() -> None:
     args = parse_args()
     device, rank, processes = start_process()
     output, checkpoint_path = Path(args.output), Path(args.output, "last.pt")
-    if checkpoint_path.exists() and not args.resume:
-        raise DataError(f"{output} holds a run; go on with it by --resume, or choose another folder by --output")
-
-    if rank > 0:
-        dist.barrier()  # the first process alone draws the toy and downloads weights, then the others pass
+    resumed = args.resume and checkpoint_path.exists()
+    if not resumed and (checkpoint_path.exists() or (output / "model.pt").exists()):
+        raise DataError(
+            f"{output} holds a run; "
+            + ("its last.pt is gone: " if args.resume else "go on with it by --resume, or ")
+            + "choose another folder by --output"
+        )
     splits = load_dataset(args.dataset, args.data_dir)
     train = splits["train"]
     labels = train.labels.to(device)
     num_classes = int(labels.max()) + 1
     torch.manual_seed(args.seed)
-    network = SONANet(num_classes, args.sona, args.drop, None if args.weights == "none" else args.weights)
-    if rank == 0 and processes > 1:
-        dist.barrier()
+    # DDP copies the first process's network to the others, and a checkpoint has its own weights.
+    needs_weights = args.weights != "none" and rank == 0 and not resumed
+    network = SONANet(num_classes, args.sona, args.drop, args.weights if needs_weights else None)
     sampler = IdentitySampler(train.labels, args.ids_per_batch, args.images_per_id, args.seed, rank, processes)
     loader = DataLoader(
         ImageDataset(train.paths, args.height, args.width),
@@ -142,7 +148,7 @@ def main() -> None:
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # the workers' seeds, which they do not use, cost the epoch's no draw
+        generator=torch.Generator(),  # else the loader draws its workers' seeds from the epoch's randomness
     )
 
     if args.sync_bn:
@@ -151,14 +157,14 @@ def main() -> None:
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, weight_decay=5e-4, fused=True)
     amp = bf16_pays(device) if args.amp is None else args.amp
     untrained, history = None, []  # evaluation of the untrained network; a record for each epoch
-    if checkpoint_path.exists():
+    if resumed:
         checkpoint = load_checkpoint(checkpoint_path, vars(args), num_classes)
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         untrained, history = checkpoint["untrained"], checkpoint["history"]
     if args.compile:
         network.compile()
-    model = DistributedDataParallel(network, broadcast_buffers=False) if processes > 1 else network
+    model = DistributedDataParallel(network) if processes > 1 else network
 
     print(describe(args.dataset, splits))
     parameters = sum(parameter.numel() for parameter in network.parameters()) / 1e6
@@ -171,7 +177,7 @@ def main() -> None:
         (output / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
 
     def measure() -> dict[str, float]:
-        if processes > 1:  # each normalised its own images: like DataParallel, keep the first one's statistics
+        if processes > 1:  # each normalises its own images: as DataParallel does, keep the first one's statistics
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
         size = {"height": args.height, "width": args.width}
@@ -180,9 +186,9 @@ def main() -> None:
     if args.eval_every and not history:
         untrained = measure()
         print(f"untrained    {summary(untrained)}\n")
+    about = {"num_classes": num_classes, "settings": vars(args)}  # what rebuilds the network
     print(f"{'global branch':>32}{'local branch':>22}")
     print(f"epoch    loss{'  triplet  x-ent  acc%' * 2}       lr  img/s  left")
-    collapsed = 2 * (math.log(num_classes) + (math.log(2) if args.margin is None else args.margin))
     for epoch in range(len(history), args.epochs):
         # The epoch's randomness depends on seed, epoch and process alone: a resumed run is the same run.
         torch.manual_seed(int(np.random.SeedSequence([args.seed, epoch, rank]).generate_state(1)[0]))
@@ -193,16 +199,15 @@ def main() -> None:
         start = time.perf_counter()
         parts = train_epoch(model, loader, labels, optimizer, args.margin, amp)
         seconds = time.perf_counter() - start
-        loss = sum(value for name, value in parts.items() if not name.endswith("accuracy"))
-        if not math.isfinite(loss):
+        if not math.isfinite(parts["loss"]):
             raise DataError(
-                f"the loss of epoch {epoch} is {loss}; the epochs before it are kept in {output}. "
+                f"the loss of epoch {epoch} is {parts['loss']}; the epochs before it are kept in {output}. "
                 "Start anew with a lower --lr, or with --no-amp"
             )
         images_per_second = len(loader) * args.ids_per_batch * args.images_per_id / seconds
         minutes = seconds * (args.epochs - epoch - 1) / 60
         print(
-            f"\r{epoch:>5}{loss:>8.3f}"
+            f"{epoch:>5}{parts['loss']:>8.3f}"
             + "".join(
                 f"{parts[f'{branch}_triplet']:>9.3f}{parts[f'{branch}_cross_entropy']:>7.3f}"
                 f"{100 * parts[f'{branch}_accuracy']:>6.1f}"
@@ -210,12 +215,10 @@ def main() -> None:
             )
             + f"{lr:>9.1e}{images_per_second:>7.0f}{f'{minutes / 60:.1f}h' if minutes >= 60 else f'{minutes:.1f}m':>6}"
         )
-        if epoch >= args.epochs // 8 and abs(loss / collapsed - 1) < 0.01:  # past the warm-up
-            print(
-                f"  note: the loss stands at 2 (ln {num_classes} + margin) = {collapsed:.2f}: the network has "
-                "collapsed\n  to one embedding for all images; start anew with a lower --lr or another --seed"
-            )
-        record = {"epoch": epoch, "loss": loss, "lr": lr, **parts, "images_per_second": images_per_second}
+        if epoch >= args.epochs // 8 and collapsed(parts, num_classes, args.margin):
+            if not history or not collapsed(history[-1], num_classes, args.margin):
+                print("  note: collapsed, all images have one embedding; try a lower --lr or another --seed")
+        record = {"epoch": epoch, "lr": lr, **parts, "images_per_second": images_per_second}
         if epoch + 1 == args.epochs or args.eval_every and (epoch + 1) % args.eval_every == 0:
             record |= measure()
             print(f"             {summary(record)}")
@@ -223,12 +226,11 @@ def main() -> None:
         if rank == 0:
             with open(output / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
-            state = {"model": network.state_dict(), "num_classes": num_classes, "settings": vars(args)}
             training = {"optimizer": optimizer.state_dict(), "untrained": untrained, "history": history}
-            save(state | training, checkpoint_path)
+            save({"model": network.state_dict(), **about, **training}, checkpoint_path)
 
     if rank == 0:
-        save({"model": network.state_dict(), "num_classes": num_classes, "settings": vars(args)}, output / "model.pt")
+        save({"model": network.state_dict(), **about}, output / "model.pt")
     print()
     if untrained:
         print(f"untrained    {summary(untrained)}")
@@ -261,12 +263,26 @@ def train_epoch(
         for name, value in parts.items():  # stays on the device: nothing waits for it until the epoch's end
             sums[name] = sums.get(name, 0) + value
         if sys.stdout.isatty():
-            print(f"\r  step {step} of {len(loader)}", end="", flush=True)
+            print(f"\r  step {step} of {len(loader)}", end="\r", flush=True)
     means = torch.stack(list(sums.values())) / len(loader)
     if dist.is_initialized():
         dist.all_reduce(means)
         means /= dist.get_world_size()
     return dict(zip(sums, means.tolist(), strict=True))
+
+
+def collapsed(parts: dict[str, float], num_classes: int, margin: float | None = None) -> bool:
+    """Whether an epoch's losses are those of one embedding for all images, the trap that BFE's code has too.
+
+    Each branch's cross-entropy is then ln(num_classes) and its triplet loss ln 2 (or the hard margin), their
+    sum 14.63 for Market-1501's 751 identities, and stays there.
+    """
+    rest = {"triplet": math.log(2) if margin is None else margin, "cross_entropy": math.log(num_classes)}
+    return all(
+        abs(parts[f"{branch}_{name}"] - value) < 0.01 * value
+        for branch in ("global", "local")
+        for name, value in rest.items()
+    )
 
 
 def save(state: dict, path: Path) -> None:

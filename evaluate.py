@@ -1,12 +1,17 @@
 """Evaluate trained runs of SONA-Net (Xia et al., ICCV 2019): CMC and mAP, single query, no re-ranking (Sec. 3.3).
 
 Usage:
-    python evaluate.py runs/toy                          # mAP and Rank-1, 5, 10 of a run, on its own data set
-    python evaluate.py runs/market --dataset dukemtmc    # on another one
-    python evaluate.py runs/a runs/b runs/c runs/d       # the paper's mean and standard deviation over four runs
+    python evaluate.py runs/toy                               # mAP and Rank-1, 5, 10 on the run's own data set
+    python evaluate.py runs/market --dataset dukemtmc         # on another one
+    python evaluate.py runs/a runs/b runs/c runs/d            # the paper's mean and standard deviation of four runs
+    python evaluate.py runs/toy --ranking ranking.png         # queries with their nearest gallery images, to look at
+    python evaluate.py runs/toy --attention attention.png     # Fig. 3
+    python evaluate.py runs/toy --time                        # Sec. 3.5
+    python evaluate.py runs/toy --query a.jpg b.jpg --gallery photos/     # your own photos
 """
 
 import argparse
+import copy
 import math
 import os
 import sys
@@ -18,12 +23,25 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+import torchvision.transforms.v2.functional as TF
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.utils import make_grid
 
-from data import DATASETS, DataError, ImageDataset, Split, describe, load_dataset, normalize
+from data import (
+    DATASETS,
+    EXTENSIONS,
+    DataError,
+    ImageDataset,
+    Split,
+    describe,
+    load_dataset,
+    normalize,
+    read_image,
+)
 from losses import gather
-from model import SONANet, WeightsError
+from model import SONA, SONANet, WeightsError
 
 WORKERS = min(4, os.cpu_count() or 1)
 
@@ -152,12 +170,10 @@ def extract_features(
     return gather(torch.cat(features))[: len(paths)].cpu().numpy()
 
 
-def evaluate(network: nn.Module, splits: dict[str, Split], **options) -> Ranking:
-    """Rank a data set's gallery for its queries; options as of extract_features. Raises DataError."""
-    query, gallery = splits["query"], splits["gallery"]
-    features = [extract_features(network, split.paths, **options) for split in (query, gallery)]
+def rank_split(query: Split, gallery: Split, query_features: np.ndarray, gallery_features: np.ndarray) -> Ranking:
+    """evaluate_ranking of a data set's features; prints the number of queries left out. Raises DataError."""
     try:
-        ranking = evaluate_ranking(*features, query.ids, gallery.ids, query.cams, gallery.cams)
+        ranking = evaluate_ranking(query_features, gallery_features, query.ids, gallery.ids, query.cams, gallery.cams)
     except ValueError as error:
         raise DataError(str(error)) from error
     if left_out := np.count_nonzero(np.isnan(ranking.average_precisions)):
@@ -183,6 +199,158 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[SONAN
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise DataError(f"{path} is damaged or not a model of train.py; copy or train it again") from error
     return network.to(device, memory_format=torch.channels_last).eval(), settings
+
+
+# ---------------------------------------------------------------------------------------------------
+# Time and pictures
+
+
+def time_forward(network: nn.Module, batch: int, height: int, width: int, runs: int = 10) -> np.ndarray:
+    """Seconds of forward passes with the network's SONA modules and without: (2, runs) (Sec. 3.5)."""
+    without = copy.deepcopy(network)
+    for name, module in network.named_modules():
+        if isinstance(module, SONA):
+            without.set_submodule(name, nn.Identity())
+    device = next(network.parameters()).device
+    images = torch.randn(batch, 3, height, width, device=device).to(memory_format=torch.channels_last)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = np.empty((2, runs))
+    with torch.inference_mode():
+        for run in range(-3, runs):  # in turn, as a machine's speed drifts; three to warm up
+            for i, variant in enumerate((network, without)):
+                wait()
+                start = time.perf_counter()
+                variant(images)
+                wait()
+                if run >= 0:
+                    seconds[i, run] = time.perf_counter() - start
+    return seconds
+
+
+POINTS = {  # Fig. 3's reference points, as shares of height and width
+    "head": (0.1, 0.5),
+    "torso": (0.33, 0.5),
+    "legs": (0.7, 0.45),
+    "shoes": (0.93, 0.45),
+    "background": (0.2, 0.08),
+}
+
+
+@torch.inference_mode()
+def draw_attention(network: SONANet, paths: list[str], height: int, width: int) -> Image.Image:
+    """Fig. 3: a row an image, a column a point of POINTS (green); the redder, the more the point attends there.
+
+    Of several SONA modules it shows the first. Raises DataError where there is none.
+    """
+    sona = next((module for module in network.modules() if isinstance(module, SONA)), None)
+    if sona is None:
+        raise DataError("the network has no SONA module, whose attention could be drawn")
+    inputs = []
+    hook = sona.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    tiles = []
+    for path, (pixels, _) in zip(paths, ImageDataset(paths, height, width), strict=True):
+        network(normalize(pixels[None].to(next(network.parameters()).device)))
+        x = inputs.pop()
+        attention = sona.attention(x)[0].cpu().unflatten(0, x.shape[2:])  # (H, W, HW)
+        image = read_image(path).resize(TILE, Image.Resampling.BICUBIC)
+        red = Image.new("RGB", TILE, "red")
+        tiles.append(tile(image, "white", Path(path).stem[:15]))
+        for name, (top, left) in POINTS.items():
+            heat = attention[int(top * x.shape[2]), int(left * x.shape[3])].view(x.shape[2:])
+            heat = ((heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)) ** 2
+            mask = TF.to_pil_image(0.8 * heat[None]).resize(TILE, Image.Resampling.BILINEAR)
+            picture = Image.composite(red, image, mask)
+            y, x_ = top * TILE[1], left * TILE[0]
+            ImageDraw.Draw(picture).ellipse((x_ - 5, y - 5, x_ + 5, y + 5), "#20e040", "black")
+            tiles.append(tile(picture, "white", name))
+    hook.remove()
+    return sheet(tiles, 1 + len(POINTS), "SONA's attention: the redder, the more the green point attends there")
+
+
+def nearest(
+    i: int, query: Split, gallery: Split, features: list[np.ndarray], k: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    """Query i's k nearest gallery images and their distances, those of its own identity and camera left out."""
+    distances = np.linalg.norm(features[1] - features[0][i], axis=1)
+    other = np.flatnonzero((gallery.ids != query.ids[i]) | (gallery.cams != query.cams[i]) | (gallery.ids < 0))
+    order = other[np.argsort(distances[other], kind="stable")[:k]]
+    return order, distances[order]
+
+
+def draw_ranking(
+    query: Split, gallery: Split, features: list[np.ndarray], ranking: Ranking | None = None, seed: int = 0
+) -> Image.Image:
+    """A row a query, with its ten nearest gallery images.
+
+    With a ranking: five queries at random and the five of lowest AP, true matches framed green, false ones
+    red, and the CMC curve. Without one: all queries, as they have no labels.
+    """
+    chosen = range(len(query.paths))
+    if ranking:
+        counted = np.flatnonzero(~np.isnan(ranking.average_precisions))
+        worst = counted[np.argsort(ranking.average_precisions[counted], kind="stable")]
+        chosen = [*np.random.default_rng(seed).permutation(counted)[:5], *worst[:5]]
+
+    def label(split: Split, j: int) -> str:
+        return f"id {split.ids[j]} cam {split.cams[j]}" if ranking else Path(split.paths[j]).stem[:15]
+
+    tiles = []
+    for i in chosen:
+        precision = f"\nAP {100 * ranking.average_precisions[i]:.1f}" if ranking else ""
+        tiles.append(tile(read_image(query.paths[i]), "#3060c0", label(query, i) + precision))
+        order, distances = nearest(i, query, gallery, features)
+        for j, distance in zip(order, distances, strict=True):
+            frame = "white" if not ranking else "#20a040" if gallery.ids[j] == query.ids[i] else "#d03030"
+            tiles.append(tile(read_image(gallery.paths[j]), frame, f"{label(gallery, j)}\n{distance:.2f}"))
+        tiles += [torch.full_like(tiles[0], 255)] * (10 - len(order))
+    if ranking is None:
+        return sheet(tiles, 11, "each query (blue) with its ten nearest images, and the distance")
+    title = "five queries at random, then the five of lowest AP (blue), each with its ten nearest images: green the "
+    rows, curve = sheet(tiles, 11, title + "same person, red another; below, the distance"), draw_cmc(ranking)
+    picture = Image.new("RGB", (rows.width + curve.width, max(rows.height, curve.height)), "white")
+    picture.paste(rows)
+    picture.paste(curve, (rows.width, 0))
+    return picture
+
+
+def draw_cmc(ranking: Ranking) -> Image.Image:
+    """The CMC curve up to rank 20."""
+    image = Image.new("RGB", (420, 380), "white")
+    draw = ImageDraw.Draw(image)
+
+    def at(rank: float, share: float) -> tuple[float, float]:
+        return 60 + 320 * (rank - 1) / 19, 330 - 280 * share
+
+    for percent in range(0, 101, 20):
+        draw.line((at(1, percent / 100), at(20, percent / 100)), "#d0d0d0")
+        draw.text((52, at(1, percent / 100)[1]), f"{percent} %", "black", font_size=13, anchor="rm")
+    for rank in (1, 5, 10, 15, 20):
+        draw.line((at(rank, 0), at(rank, 1)), "#d0d0d0")
+        draw.text((at(rank, 0)[0], 338), str(rank), "black", font_size=13, anchor="mt")
+    draw.line([at(rank, share) for rank, share in enumerate(ranking.cmc[:20], 1)], "#3060c0", width=3)
+    draw.text((60, 12), f"CMC: share of queries with a match up to a rank; mAP {100 * ranking.mean_ap:.2f}", "black")
+    draw.text((220, 358), "rank", "black", font_size=13, anchor="mt")
+    return image
+
+
+TILE = (96, 192)  # width and height of an image on a sheet
+
+
+def tile(image: Image.Image, frame: str, text: str) -> Tensor:
+    """An image in a coloured frame with two lines of text below: (3, 236, 106) uint8."""
+    canvas = Image.new("RGB", (TILE[0] + 10, TILE[1] + 44), "white")
+    canvas.paste(ImageOps.expand(image.resize(TILE, Image.Resampling.BICUBIC), 5, frame))
+    ImageDraw.Draw(canvas).multiline_text((5, TILE[1] + 11), text, "black", font_size=12, spacing=2)
+    return TF.pil_to_tensor(canvas)
+
+
+def sheet(tiles: list[Tensor], columns: int, title: str) -> Image.Image:
+    """Tiles in rows below a title."""
+    grid = TF.to_pil_image(make_grid(tiles, columns, padding=4, pad_value=255))
+    image = Image.new("RGB", (grid.width, grid.height + 28), "white")
+    image.paste(grid, (0, 28))
+    ImageDraw.Draw(image).text((9, 8), title, "black", font_size=14)
+    return image
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -246,6 +414,19 @@ class Parser(argparse.ArgumentParser):
         raise DataError(f"{message} (--help lists the flags)")
 
 
+# The settings that do not make another run: a resumed one may change them.
+FREE = {"data_dir", "output", "workers", "eval_every", "resume"}
+
+
+def differences(first: dict, second: dict, free: set[str] = FREE) -> str:
+    """The flags in which two runs' settings differ, but for the free ones; empty if in none."""
+    return "; ".join(
+        f"--{name.replace('_', '-')} {first.get(name)} and {value}"
+        for name, value in second.items()
+        if name not in free and first.get(name) != value
+    )
+
+
 def parse_args() -> argparse.Namespace:
     parser = Parser(description="Evaluate trained runs: mAP and CMC, single query, no re-ranking.")
     add = parser.add_argument
@@ -254,27 +435,100 @@ def parse_args() -> argparse.Namespace:
     add("--data-dir", default="datasets", help="where the data sets' folders lie [%(default)s]")
     add("--workers", type=number(int, 0), default=WORKERS, help="processes that read images [%(default)s]")
     add("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast [where the device gains by it]")
-    return parser.parse_args()
+
+    add = parser.add_argument_group("your own photos, crops of one person each, instead of a data set").add_argument
+    add("--query", nargs="+", metavar="IMAGE", help="rank the gallery for these; also what --attention shows")
+    add("--gallery", metavar="FOLDER", help="where to search, with its subfolders")
+
+    add = parser.add_argument_group("more of one run").add_argument
+    add("--ranking", metavar="PNG", help="draw queries with their nearest images [RUN/ranking.png with --query]")
+    add("--features", metavar="NPZ", help="save embeddings with paths, identities and cameras")
+    add("--attention", metavar="PNG", help="only draw SONA's attention, as in Fig. 3")
+    add("--time", action="store_true", help="only time the network with and without SONA, as in Sec. 3.5")
+    add("--seed", type=number(int, 0), default=0, help="which queries the pictures show [%(default)s]")
+    args = parser.parse_args()
+    if len(args.runs) > 1 and (args.query or args.ranking or args.features or args.attention or args.time):
+        parser.error("--query, --ranking, --features, --attention and --time take one RUN")
+    if args.gallery and not args.query or args.query and not (args.gallery or args.attention):
+        parser.error("--query and --gallery go together")
+    return args
 
 
 def main() -> None:
     args = parse_args()
-    device, _, _ = start_process()
-    amp = bf16_pays(device) if args.amp is None else args.amp
-    results = []
-    for run in args.runs:
-        network, settings = load_run(run, device)
+    device, rank, _ = start_process()
+    runs = [load_run(run, device) for run in args.runs]
+    network, settings = runs[0]
+    for run, (_, other) in zip(args.runs, runs, strict=True):
+        if differing := differences(settings, other, FREE | {"seed"}):
+            raise DataError(f"{args.runs[0]} and {run} are not runs of one configuration: {differing}")
+    size = {key: settings[key] for key in ("height", "width")}
+    if args.time:
+        return print_times(network, **size)
+
+    if args.query:
+        files = Path(args.gallery or "").rglob("*") if args.gallery else []
+        found = sorted(str(file) for file in files if file.suffix.lower() in EXTENSIONS)
+        query, gallery = (Split(p, np.full(len(p), -1), np.full(len(p), -1)) for p in (args.query, found))
+    else:
         name = args.dataset or settings["dataset"]
         splits = load_dataset(name, args.data_dir)
-        if not results:
-            print(describe(name, splits), "\n")
-        size = {key: settings[key] for key in ("height", "width")}
-        ranking = evaluate(network, splits, **size, workers=args.workers, amp=amp)
-        results.append(ranking.figures())
-        print(f"{run:<22}  {summary(results[-1])}")
-    if len(results) > 1:
+        query, gallery = splits["query"], splits["gallery"]
+    if args.attention:
+        chosen = np.random.default_rng(args.seed).permutation(len(query.paths))[:8]
+        paths = args.query or [query.paths[i] for i in chosen]
+        return write(args.attention, draw_attention(network, paths, **size).save)
+    if not gallery.paths:
+        raise DataError(f"{args.gallery} is no folder with images ({', '.join(EXTENSIONS)})")
+
+    if not args.query:
+        print(describe(name, splits), "\n")
+    options = {"workers": args.workers, "amp": bf16_pays(device) if args.amp is None else args.amp}
+    ranking, figures = None, []
+    for run, (network, _) in zip(args.runs, runs, strict=True):
+        features = [extract_features(network, split.paths, **size, **options) for split in (query, gallery)]
+        if not args.query:
+            ranking = rank_split(query, gallery, *features)
+            figures.append(ranking.figures())
+            print(f"{run:<22}  {summary(figures[-1])}")
+    if len(runs) > 1:
         for title, function in (("mean", np.mean), ("standard deviation", np.std)):
-            print(f"{title:<22}  {summary({key: function([r[key] for r in results]) for key in results[0]})}")
+            print(f"{title:<22}  {summary({key: function([f[key] for f in figures]) for key in figures[0]})}")
+    if rank > 0:
+        return
+    if args.query:
+        for i, path in enumerate(query.paths):
+            print(path)
+            for j, distance in zip(*nearest(i, query, gallery, features), strict=True):
+                print(f"{distance:10.3f}  {gallery.paths[j]}")
+    if args.features:
+        arrays = {
+            f"{side}_{key}": value
+            for side, split, x in zip(("query", "gallery"), (query, gallery), features, strict=True)
+            for key, value in {"features": x, **split._asdict()}.items()
+        }
+        write(args.features, lambda path: np.savez(path, **arrays))
+    if args.ranking or args.query:
+        picture = draw_ranking(query, gallery, features, ranking, args.seed)
+        write(args.ranking or f"{args.runs[0]}/ranking.png", picture.save)
+
+
+def write(path: str, save: Callable[[str], None]) -> None:
+    """Save a file and say so. Raises DataError."""
+    try:
+        save(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot write {path}: {error}") from error
+    print(f"wrote {path}")
+
+
+def print_times(network: nn.Module, height: int, width: int) -> None:
+    """Sec. 3.5: single images, ten runs, with SONA and without; and batches."""
+    single, batch = (1000 * time_forward(network, b, height, width) for b in (1, 32))
+    print(f"{height} x {width} pixels    one image, ms              batches of 32, images/s")
+    for name, one, many in zip(("with SONA", "without"), single, batch, strict=True):
+        print(f"{name:<16}{one.mean():9.2f} +- {one.std():<15.2f}{32000 / many.mean():12.1f}")
+    print(f"{'ratio of times':<16}{single[0].mean() / single[1].mean():9.3f}{batch[0].mean() / batch[1].mean():31.3f}")
 
 
 if __name__ == "__main__":

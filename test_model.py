@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from torchvision.models import ResNet50_Weights, resnet18, resnet50
 
 import data
+import evaluate
 from data import DATASETS, DataError, IdentitySampler, ImageDataset, augment, cutout, load_dataset, normalize
 from evaluate import evaluate_ranking, extract_features
 from losses import batch_hard_triplet_loss, branch_losses
@@ -883,6 +884,68 @@ def test_features_average_the_image_and_its_mirror_image(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Time and pictures (Fig. 3, Sec. 3.5)
+
+
+def test_time_is_of_the_network_with_sona_and_of_the_same_without(monkeypatch):
+    network, passes = SONANet(4, "2+3").eval(), []
+    monkeypatch.setattr(
+        SONANet, "forward", lambda self, x: passes.append(sum(isinstance(m, SONA) for m in self.modules()))
+    )
+    assert evaluate.time_forward(network, batch=2, height=32, width=16, runs=10).shape == (2, 10)
+    assert passes == [2, 0] * 13  # in turn, with three runs to warm up
+
+
+def picture_tiles(picture, columns):
+    """The tiles of a sheet: arrays (236, 106, 3), rows of `columns`."""
+    pixels = np.asarray(picture)[28 + 4 :, 4 : 4 + columns * 110]
+    return [
+        [pixels[y : y + 236, x : x + 106] for x in range(0, columns * 110, 110)] for y in range(0, len(pixels), 240)
+    ]
+
+
+def test_attention_is_drawn_red_where_the_green_point_attends(monkeypatch, tmp_path):
+    Image.new("RGB", (64, 128), (0, 0, 255)).save(tmp_path / "blue.png")
+
+    def attend_to_bottom_right(sona, x):
+        return F.one_hot(torch.tensor(x.shape[2] * x.shape[3] - 1)).float().expand(1, x.shape[2] * x.shape[3], -1)
+
+    monkeypatch.setattr(SONA, "attention", attend_to_bottom_right)
+    picture = evaluate.draw_attention(SONANet(4).eval(), [str(tmp_path / "blue.png")] * 2, 64, 32)
+    rows = picture_tiles(picture, 6)
+    assert len(rows) == 2
+    for row in rows:
+        assert tuple(row[0][190, 95]) == (0, 0, 255)  # the image itself
+        for tile, (top, left) in zip(row[1:], evaluate.POINTS.values(), strict=True):
+            red, green, blue = map(int, tile[194, 98])  # the last position
+            assert red > 150 and green == 0 and blue < 100
+            assert tuple(tile[110, 12]) == (0, 0, 255)  # not attended to
+            assert tuple(tile[int(5 + 192 * top), int(5 + 96 * left)]) == (0x20, 0xE0, 0x40)
+
+
+def test_a_network_without_sona_has_no_attention_to_draw():
+    with pytest.raises(DataError, match="no SONA module"):
+        evaluate.draw_attention(SONANet(4, "none").eval(), [], 64, 32)
+
+
+def test_the_ranking_sheet_frames_true_matches_green_and_false_ones_red(tmp_path):
+    Image.new("RGB", (64, 128)).save(tmp_path / "a.png")
+    query = data.Split([str(tmp_path / "a.png")], np.array([1]), np.array([1]))
+    gallery = data.Split([str(tmp_path / "a.png")] * 4, np.array([2, 1, 1, 0]), np.array([2, 2, 1, 2]))
+    features = [np.zeros((1, 2)), np.array([[0, 2], [0, 1], [0, 0], [0, 3]])]  # the nearest is of its own camera
+    order, distances = evaluate.nearest(0, query, gallery, features)
+    assert order.tolist() == [1, 0, 3]
+    assert distances.tolist() == [1, 2, 3]
+    ranking = evaluate_ranking(*features, query.ids, gallery.ids, query.cams, gallery.cams)
+    rows = picture_tiles(evaluate.draw_ranking(query, gallery, features, ranking), 11)
+    green, red, white = (0x20, 0xA0, 0x40), (0xD0, 0x30, 0x30), (255, 255, 255)
+    for row in rows[:2]:  # at random, and the worst
+        assert [tuple(tile[2, 2]) for tile in row[1:5]] == [green, red, red, white]
+    unlabelled = picture_tiles(evaluate.draw_ranking(query, gallery, features), 11)[0]
+    assert all(tuple(tile[2, 2]) == white for tile in unlabelled[1:])
+
+
+# ---------------------------------------------------------------------------------------------------
 # The programs
 
 
@@ -1025,6 +1088,65 @@ def test_evaluation_under_torchrun_gives_the_figures_of_one_process(market, run)
     arguments = ["--data-dir", market[market.index("--data-dir") + 1], "--workers", 0, "--no-amp"]
     evaluated = program("evaluate.py", output, *arguments, torchrun=2)
     assert done.stdout.split("trained    ")[-1].splitlines()[0].strip() in evaluated.stdout
+
+
+def test_several_runs_have_a_mean_and_a_standard_deviation(market, run, tmp_path):
+    output, _ = run
+    options = ["--data-dir", market[market.index("--data-dir") + 1], "--workers", 0]
+    settings = ["--epochs", 4, "--eval-every", 0, "--workers", 0]
+    program(*market, *settings, "--seed", 1, "--output", tmp_path / "seed1")
+    lines = program("evaluate.py", output, tmp_path / "seed1", *options).stdout.splitlines()[-4:]
+    first, second, mean, deviation = ([float(x) for x in line.split()[-7::2]] for line in lines)
+    np.testing.assert_allclose(mean, np.mean([first, second], 0), atol=0.011)
+    np.testing.assert_allclose(deviation, np.abs(np.subtract(first, second)) / 2, atol=0.011)  # population, of two
+
+    program(*market, "--epochs", 1, *settings[2:], "--sona", "3", "--output", tmp_path / "other")
+    done = program("evaluate.py", output, tmp_path / "other", *options, check=False)
+    assert done.returncode == 1
+    assert "--sona 2 and 3; --epochs 4 and 1" in done.stderr or "--epochs 4 and 1; --sona 2 and 3" in done.stderr
+
+
+def test_a_data_set_is_ranked_drawn_and_saved(market, run, tmp_path):
+    output, _ = run
+    options = ["--data-dir", market[market.index("--data-dir") + 1], "--workers", 0]
+    pictures = [tmp_path / "ranking.png", tmp_path / "attention.png"]
+    done = program("evaluate.py", output, *options, "--ranking", pictures[0], "--features", tmp_path / "features.npz")
+    assert f"wrote {pictures[0]}" in done.stdout
+    program("evaluate.py", output, *options, "--attention", pictures[1])
+    assert Image.open(pictures[0]).size == (11 * 110 + 4 + 420, 10 * 240 + 4 + 28)
+    assert Image.open(pictures[1]).size == (6 * 110 + 4, 6 * 240 + 4 + 28)
+    saved = np.load(tmp_path / "features.npz", allow_pickle=False)
+    assert saved["query_features"].shape == (6, 1536)
+    assert saved["gallery_features"].shape == (12, 1536)
+    assert saved["gallery_ids"].tolist() == sorted([50, 51, 52] * 4)
+    assert saved["query_paths"][0].endswith("0050_c1s1_000000_00.jpg")
+    ranking = evaluate_ranking(*(saved[f"{s}_{k}"] for k in ("features", "ids", "cams") for s in ("query", "gallery")))
+    assert evaluate.summary(ranking.figures()) in done.stdout
+
+
+def test_your_own_photos_are_ranked(run, tmp_path):
+    output, _ = run
+    for person in range(3):
+        (tmp_path / "album" / f"{person}").mkdir(parents=True)
+        data.draw_pedestrian(person, 1, 0).save(tmp_path / "album" / f"{person}" / "a b.jpg")
+    query = tmp_path / "album/1/a b.jpg"
+    done = program("evaluate.py", output, "--query", query, "--gallery", tmp_path / "album", "--workers", 0)
+    asked, *found, wrote = done.stdout.splitlines()
+    assert asked == str(query)
+    assert found[0].split(maxsplit=1) == ["0.000", str(query)]
+    distances = [float(line.split()[0]) for line in found]
+    assert distances == sorted(distances)
+    assert len(found) == 3
+    assert wrote == f"wrote {output / 'ranking.png'}"
+    program("evaluate.py", output, "--attention", tmp_path / "attention.png", "--query", query, query)
+    assert Image.open(tmp_path / "attention.png").size == (6 * 110 + 4, 2 * 240 + 4 + 28)
+    (output / "ranking.png").unlink()
+
+
+def test_time_prints_a_ratio(run):
+    done = program("evaluate.py", run[0], "--time")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["32", "with", "without", "ratio"]
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def test_an_image_that_cannot_be_read_ends_training_with_one_line(tmp_path):

@@ -23,14 +23,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data import DATASETS, DataError, IdentitySampler, ImageDataset, augment, describe, load_dataset
-from evaluate import WORKERS, Parser, bf16_pays, evaluate, number, run_program, start_process, summary
+from evaluate import (
+    WORKERS,
+    Parser,
+    bf16_pays,
+    differences,
+    extract_features,
+    number,
+    rank_split,
+    run_program,
+    start_process,
+    summary,
+)
 from losses import branch_losses
 from model import DROPS, PLACEMENTS, SONANet
 
 # What the bare `python train.py` runs instead of the paper's settings: minutes on a CPU.
-TOY = dict(height=64, width=32, ids_per_batch=8, epochs=30, eval_every=10, weights="none", workers=0)
-# The settings that a resumed run may change; all others would make it another run.
-FREE = {"data_dir", "output", "workers", "eval_every", "resume"}
+TOY = dict(height=64, width=32, ids_per_batch=8, epochs=40, eval_every=10, weights="none", workers=0)
 
 
 def learning_rate(epoch: int, epochs: int = 400, peak: float = 1e-3) -> float:
@@ -180,8 +189,10 @@ def main() -> None:
         if processes > 1:  # each normalises its own images: as DataParallel does, keep the first one's statistics
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
-        size = {"height": args.height, "width": args.width}
-        return evaluate(network, splits, **size, workers=args.workers, amp=amp).figures()
+        query, gallery = splits["query"], splits["gallery"]
+        options = {"workers": args.workers, "amp": amp}
+        features = [extract_features(network, s.paths, args.height, args.width, **options) for s in (query, gallery)]
+        return rank_split(query, gallery, *features).figures()
 
     if args.eval_every and not history:
         untrained = measure()
@@ -302,13 +313,8 @@ def load_checkpoint(path: Path, settings: dict, num_classes: int) -> dict:
         saved = checkpoint["settings"]
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise DataError(f"{path} is damaged or no checkpoint of train.py; remove it to start afresh") from error
-    differing = [
-        f"--{name.replace('_', '-')} was {saved.get(name)}, is {value}"
-        for name, value in settings.items()
-        if name not in FREE and saved.get(name) != value
-    ]
-    if differing:
-        raise DataError(f"{path} is of a run with other settings: {'; '.join(differing)}")
+    if differing := differences(saved, settings):
+        raise DataError(f"{path} is of a run with other settings, then and now: {differing}")
     if checkpoint["num_classes"] != num_classes:
         raise DataError(f"{path} knows {checkpoint['num_classes']} identities, the training set has {num_classes}")
     return checkpoint

@@ -98,7 +98,12 @@ def load_dataset(name: str, data_dir: str | Path) -> dict[str, Split]:
             f"{name} is not there: no folder {' or '.join(map(str, candidates))}; README.md says where to get it, "
             "--data-dir where it lies"
         )
-    return {split: read_split(root / folder) for split, folder in FOLDERS.items()}
+    splits = {split: read_split(root / folder) for split, folder in FOLDERS.items()}
+    query, gallery = splits["query"], splits["gallery"]
+    cams = {identity: set(gallery.cams[gallery.ids == identity].tolist()) for identity in np.unique(query.ids)}
+    if not any(cams[identity] - {cam} for identity, cam in zip(query.ids, query.cams, strict=True)):
+        raise DataError(f"{root}: no query has a true match under another camera; are the file names right?")
+    return splits
 
 
 def read_split(folder: Path) -> Split:
@@ -310,7 +315,7 @@ def draw_toy(folder: Path) -> None:
 
 def draw_pedestrian(person: int, camera: int, image: int) -> Image.Image:
     """A street camera's crop, 64 x 128 pixels: the same person, camera and image number, the same picture."""
-    who, where, when = (np.random.default_rng(key) for key in ((0, person), (1, camera), (2, person, camera, image)))
+    who, where, when = (np.random.default_rng(key) for key in ((9, person), (18, camera), (7, person, camera, image)))
 
     # Who: build, hair, garments with pattern, bag, shoes
     build, tall = who.uniform(0.85, 1.25), who.uniform(0.9, 1.06)
@@ -324,7 +329,7 @@ def draw_pedestrian(person: int, camera: int, image: int) -> Image.Image:
     # Where: viewpoint, background, light
     zoom, facing, blur = where.uniform(0.8, 1.0), (camera - 1) % 3, where.uniform(0.3, 1.3)
     wall, floor = (where.uniform(70, 190) + where.uniform(-14, 14, 3) for _ in range(2))
-    horizon, cast, gain = where.uniform(0.3, 0.6), where.uniform(0.65, 1.35, 3), where.uniform(0.6, 1.25)
+    horizon, cast, gain = where.uniform(0.3, 0.6), where.uniform(0.65, 1.35, 3), where.uniform(0.75, 1.25)
 
     # When: pose and place, in pixels of a canvas of twice the size
     size = 216 * zoom * tall * when.uniform(0.93, 1.05)
@@ -408,7 +413,7 @@ def draw_pedestrian(person: int, camera: int, image: int) -> Image.Image:
 
     if when.random() < 0.35:  # something in front: a post, a car, a passer-by's shoulder
         edge = int(when.integers(0, 128))
-        boxes = [(edge, 0, edge + 12, 256), (0, 256 - int(when.integers(20, 70)), 128, 256), (edge, 90, edge + 50, 256)]
+        boxes = [(edge, 0, edge + 12, 256), (0, 256 - int(when.integers(20, 70)), 128, 256), (edge, 90, edge + 36, 256)]
         draw.rounded_rectangle(boxes[camera % 3], 6, fill=shade(when.uniform(40, 170) + when.uniform(-30, 30, 3)))
 
     pixels = np.asarray(

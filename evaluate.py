@@ -14,6 +14,7 @@ import argparse
 import copy
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -238,7 +239,7 @@ POINTS = {  # Fig. 3's reference points, as shares of height and width
 
 @torch.inference_mode()
 def draw_attention(network: SONANet, paths: list[str], height: int, width: int) -> Image.Image:
-    """Fig. 3: a row an image, a column a point of POINTS (green); the redder, the more the point attends there.
+    """Fig. 3: a row an image, a column a point of POINTS (green); red, the fifth of the map it attends to most.
 
     Of several SONA modules it shows the first. Raises DataError where there is none.
     """
@@ -257,14 +258,15 @@ def draw_attention(network: SONANet, paths: list[str], height: int, width: int) 
         tiles.append(tile(image, "white", Path(path).stem[:15]))
         for name, (top, left) in POINTS.items():
             heat = attention[int(top * x.shape[2]), int(left * x.shape[3])].view(x.shape[2:])
-            heat = ((heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)) ** 2
+            weakest = heat.quantile(0.8)
+            heat = ((heat - weakest) / (heat.max() - weakest).clamp(min=1e-12)).clamp(min=0)
             mask = TF.to_pil_image(0.8 * heat[None]).resize(TILE, Image.Resampling.BILINEAR)
             picture = Image.composite(red, image, mask)
             y, x_ = top * TILE[1], left * TILE[0]
             ImageDraw.Draw(picture).ellipse((x_ - 5, y - 5, x_ + 5, y + 5), "#20e040", "black")
             tiles.append(tile(picture, "white", name))
     hook.remove()
-    return sheet(tiles, 1 + len(POINTS), "SONA's attention: the redder, the more the green point attends there")
+    return sheet(tiles, 1 + len(POINTS), "SONA's attention: red, where the green point attends most")
 
 
 def nearest(
@@ -328,7 +330,9 @@ def draw_cmc(ranking: Ranking) -> Image.Image:
         draw.line((at(rank, 0), at(rank, 1)), "#d0d0d0")
         draw.text((at(rank, 0)[0], 338), str(rank), "black", font_size=13, anchor="mt")
     draw.line([at(rank, share) for rank, share in enumerate(ranking.cmc[:20], 1)], "#3060c0", width=3)
-    draw.text((60, 12), f"CMC: share of queries with a match up to a rank; mAP {100 * ranking.mean_ap:.2f}", "black")
+    draw.text(
+        (60, 8), f"queries with a match up to a rank (CMC); mAP {100 * ranking.mean_ap:.2f}", "black", font_size=14
+    )
     draw.text((220, 358), "rank", "black", font_size=13, anchor="mt")
     return image
 
@@ -365,7 +369,7 @@ def number(kind: type, minimum: float) -> Callable[[str], float]:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not minimum <= value < math.inf:
+        if not minimum <= value < (2**63 if kind is int else math.inf):
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} of at least {minimum:g}")
         return value
@@ -391,17 +395,24 @@ def start_process() -> tuple[torch.device, int, int]:
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def run_program(main: Callable[[], None]) -> None:
-    """Run a program's main; bad input ends it with one line on standard error."""
+def run_program(main: Callable[[], None], after_stop: str = "") -> None:
+    """Run a program's main; bad input, SIGTERM and Ctrl-C end it with one line on standard error."""
+    name, rank = Path(sys.argv[0]).name, int(os.environ.get("RANK", 0))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         main()
+    except KeyboardInterrupt:
+        if rank == 0:
+            print(f"{name}: stopped{after_stop}", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(5)  # the first process may be telling the cause; torchrun then ends this one
+        if rank > 0:  # the first process may be telling the cause; torchrun then ends this one
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
         if not isinstance(error, DataError | WeightsError):
             raise
         message = str(error).splitlines()[-1]  # from a worker process its traceback comes first
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {message.removeprefix('data.DataError: ')}")
+        sys.exit(f"{name}: error: {message.removeprefix('data.DataError: ')}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -28,11 +29,12 @@ from torchvision.models import ResNet50_Weights, resnet18, resnet50
 
 import data
 import evaluate
+import train
 from data import DATASETS, DataError, IdentitySampler, ImageDataset, augment, cutout, load_dataset, normalize
 from evaluate import evaluate_ranking, extract_features
 from losses import batch_hard_triplet_loss, branch_losses
 from model import DROPS, PLACEMENTS, SONA, BatchDropBlock, DropBlockPlus, SONANet, WeightsError
-from train import collapsed, learning_rate, train_epoch
+from train import collapsed, learning_rate, load_checkpoint, seed_epoch, train_epoch
 
 HERE = Path(__file__).parent
 
@@ -545,8 +547,8 @@ def test_the_counts_are_those_of_table_1():
 )
 def test_data_sets_are_found_under_the_names_of_their_archives(tmp_path, name, folder):
     for split in data.FOLDERS.values():
-        touch(tmp_path / folder / split, "0001_c1s1_000001_00.jpg")
-    assert load_dataset(name, tmp_path)["query"].ids.tolist() == [1]
+        touch(tmp_path / folder / split, "0001_c1s1_000001_00.jpg", "0001_c2s1_000001_00.jpg")
+    assert load_dataset(name, tmp_path)["query"].ids.tolist() == [1, 1]
 
 
 def test_file_names_say_identity_and_camera(tmp_path):
@@ -758,6 +760,16 @@ def test_other_numbers_of_epochs_run_the_same_course():
     )
     assert [learning_rate(epoch, 800) for epoch in range(0, 800, 2)] == [learning_rate(e) for e in range(400)]
     assert learning_rate(0, 1) == pytest.approx(1e-4)
+
+
+def test_randomness_differs_between_seeds_epochs_and_processes_and_is_the_same_again():
+    def draw(*key):
+        seed_epoch(*key)
+        return DropBlockPlus()(torch.ones(4, 1, 48, 16))
+
+    assert torch.equal(draw(1, 2, 3), draw(1, 2, 3))
+    for other in ((2, 2, 3), (1, 3, 3), (1, 2, 2), (2, 1, 3)):
+        assert not torch.equal(draw(*other), draw(1, 2, 3))
 
 
 def test_a_step_of_adam_moves_the_weights_by_the_learning_rate(tmp_path):
@@ -1060,7 +1072,7 @@ def test_a_run_is_not_resumed_with_other_settings(market, run):
     output, _ = run
     command = [*market, "--epochs", 5, "--margin", 0.5, "--output", output, "--resume"]
     done = program(*command, check=False)
-    assert "--epochs was 4, is 5; --margin was None, is 0.5" in done.stderr
+    assert "--epochs 4 and 5; --margin None and 0.5" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -1086,8 +1098,163 @@ def test_evaluate_prints_the_runs_own_figures(market, run):
 def test_evaluation_under_torchrun_gives_the_figures_of_one_process(market, run):
     output, done = run
     arguments = ["--data-dir", market[market.index("--data-dir") + 1], "--workers", 0, "--no-amp"]
-    evaluated = program("evaluate.py", output, *arguments, torchrun=2)
+    evaluated = program("evaluate.py", output, *arguments, torchrun=4)  # 6 queries: some processes have one more
     assert done.stdout.split("trained    ")[-1].splitlines()[0].strip() in evaluated.stdout
+
+
+def start(*command, torchrun=0):
+    """Start a program and wait for its first epoch; stopped by the caller."""
+    running = subprocess.Popen(**program_arguments(command, torchrun), stdout=subprocess.PIPE)
+    log = Path(command[command.index("--output") + 1]) / "log.jsonl"
+    while running.poll() is None and not log.exists():
+        time.sleep(0.05)
+    return running
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_and_ctrl_c_end_a_run_with_one_line(market, tmp_path, stop):
+    running = start(*market, "--epochs", 500, "--workers", 1, "--output", tmp_path / "run")
+    running.send_signal(stop)
+    _, error = running.communicate()
+    assert running.returncode == 130
+    assert error == "train.py: stopped; the same command with --resume goes on\n"
+    assert (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_torchrun_restarts_a_run_whose_process_was_killed(market, run, tmp_path):
+    command = [*market, "--epochs", 4, "--eval-every", 2, "--workers", 0, "--resume", "--output", tmp_path / "run"]
+    arguments = program_arguments(command, 1)
+    arguments["args"].insert(3, "--max-restarts=2")
+    arguments["env"]["OMP_NUM_THREADS"] = "2"  # as of the run to compare with: other sums round otherwise
+    with subprocess.Popen(**arguments, stdout=subprocess.DEVNULL) as running:
+        while running.poll() is None and not (tmp_path / "run/log.jsonl").exists():
+            time.sleep(0.05)
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (process / "cmdline").read_text().split("\0")
+                if str(tmp_path / "run") in words and "torch.distributed.run" not in words:
+                    os.kill(int(process.name), signal.SIGKILL)
+        running.communicate()
+    assert running.returncode == 0
+    assert_same_run(tmp_path / "run", run[0])
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(market, tmp_path):
+    output = tmp_path / "run"
+    command = [*market, "--epochs", 2, "--eval-every", 0, "--workers", 0, "--output", output]
+    program(*command)
+    (output / "model.pt").unlink()
+    state = torch.load(output / "last.pt", weights_only=True)
+    state["history"].pop()  # one epoch to go
+    torch.save(state, output / "last.pt")
+    before = (output / "last.pt").read_bytes()
+    limit = len(before) // 2  # bytes of any file
+    done = subprocess.run(
+        **program_arguments([*command, "--resume"]),
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"train.py: error: cannot write {output / 'last.pt'}: File too large")
+    assert done.stderr.count("\n") == 1
+    assert (output / "last.pt").read_bytes() == before
+    assert sorted(path.name for path in output.iterdir()) == ["last.pt", "log.jsonl"]
+
+
+def test_one_process_tells_what_is_wrong_with_a_launch(market, tmp_path):
+    done = program(*market, "--ids-per-batch", 3, "--output", tmp_path / "run", torchrun=2, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("train.py: error:") == 1
+    assert "train.py: error: --ids-per-batch 3 cannot be shared among 2 processes alike" in done.stderr
+
+
+def run_main(monkeypatch, program, *arguments):
+    monkeypatch.setattr(sys, "argv", [program.__file__, *map(str, arguments)])
+    program.main()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--epochs", "0"),
+        ("--epochs", "1.5"),
+        ("--lr", "nan"),
+        ("--lr", "-1"),
+        ("--lr", "inf"),
+        ("--margin", "-0.1"),
+        ("--height", "-384"),
+        ("--width", "0"),
+        ("--workers", "-1"),
+        ("--ids-per-batch", "1"),
+        ("--images-per-id", "0"),
+        ("--seed", "99999999999999999999"),
+        ("--eval-every", "x"),
+        ("--sona", "5"),
+        ("--dataset", "imagenet"),
+    ],
+)
+def test_impossible_flags_are_named(monkeypatch, flag, value):
+    with pytest.raises(DataError, match=f"argument {flag}: .*{value}"):
+        run_main(monkeypatch, train, flag, value)
+
+
+def test_bad_launches_are_told_before_anything_is_written(monkeypatch, market, tmp_path):
+    output = tmp_path / "run"
+    arguments = [*market[1:], "--workers", 0, "--output", output]
+    for more, message in {
+        ("--data-dir", tmp_path / "nowhere"): "market1501 is not there",
+        ("--ids-per-batch", 5): "4 identities, a batch takes 5",
+        ("--ids-per-batch", 2, "--images-per-id", 1, "--sync-bn"): "--sync-bn needs GPUs",
+        ("--weights", tmp_path / "none.pth"): "none.pth: No such file",
+        ("--output", "/proc/nowhere"): "cannot write to /proc/nowhere",
+    }.items():
+        with pytest.raises((DataError, WeightsError), match=message):
+            run_main(monkeypatch, train, *arguments, *more)
+    assert not output.exists()
+
+
+def test_queries_without_any_match_are_told_before_training(tmp_path):
+    for split in data.FOLDERS.values():
+        touch(tmp_path / "market1501" / split, "0001_c1s1_000001_00.jpg", "0002_c1s1_000001_00.jpg")
+    with pytest.raises(DataError, match="no query has a true match under another camera"):
+        load_dataset("market1501", tmp_path)
+
+
+def test_an_identity_with_one_image_is_drawn_several_times():
+    (batch,) = IdentitySampler([7, 8, 8], ids_per_batch=2, images_per_id=4)
+    assert batch.count(0) == 4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, market, tmp_path):
+    with pytest.raises(DataError, match="the loss of epoch 0 is (nan|inf)"):
+        run_main(monkeypatch, train, *market[1:], "--lr", 1e35, "--workers", 0, "--eval-every", 0, "--output", tmp_path)
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_bad_checkpoints_and_runs_are_told_and_never_executed(monkeypatch, market, run, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    whole = (run[0] / "last.pt").read_bytes()
+    torch.save({"settings": Evil()}, tmp_path / "evil.pt")
+    for content in (whole[: len(whole) // 2], b"", (tmp_path / "evil.pt").read_bytes()):
+        (tmp_path / "last.pt").write_bytes(content)
+        with pytest.raises(DataError, match="last.pt is damaged or no checkpoint"):
+            run_main(monkeypatch, train, *market[1:], "--output", tmp_path, "--resume")
+        assert (tmp_path / "last.pt").read_bytes() == content
+        with pytest.raises(DataError, match="its training has not ended"):
+            evaluate.load_run(tmp_path)
+        (tmp_path / "model.pt").write_bytes(content)
+        with pytest.raises(DataError, match="model.pt is damaged"):
+            evaluate.load_run(tmp_path)
+        (tmp_path / "model.pt").unlink()
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(DataError, match="not the folder of a finished run"):
+        evaluate.load_run(tmp_path / "nowhere")
+    settings = torch.load(run[0] / "model.pt", weights_only=True)["settings"]
+    with pytest.raises(DataError, match="knows 4 identities, the training set has 5"):
+        load_checkpoint(run[0] / "last.pt", settings, num_classes=5)
 
 
 def test_several_runs_have_a_mean_and_a_standard_deviation(market, run, tmp_path):

@@ -8,6 +8,7 @@ Usage:
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -35,7 +36,7 @@ from evaluate import (
     start_process,
     summary,
 )
-from losses import branch_losses
+from losses import branch_losses, gather
 from model import DROPS, PLACEMENTS, SONANet
 
 # What the bare `python train.py` runs instead of the paper's settings: minutes on a CPU.
@@ -171,6 +172,9 @@ def main() -> None:
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         untrained, history = checkpoint["untrained"], checkpoint["history"]
+    epochs_seen = gather(torch.tensor([len(history)], device=device))
+    if epochs_seen.min() < epochs_seen.max():
+        raise DataError(f"not all processes find the same checkpoint; {output} must be a folder that all nodes share")
     if args.compile:
         network.compile()
     model = DistributedDataParallel(network) if processes > 1 else network
@@ -182,8 +186,12 @@ def main() -> None:
         f"{processes} x {device.type}, {'bf16' if amp else 'float32'}\n"
     )
     if rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            for scratch in output.glob("*.tmp"):  # of a run that was killed
+                scratch.unlink()
+        except OSError as error:
+            raise DataError(f"cannot write to {output}: {error.strerror}; choose another folder by --output") from error
 
     def measure() -> dict[str, float]:
         if processes > 1:  # each normalises its own images: as DataParallel does, keep the first one's statistics
@@ -201,8 +209,7 @@ def main() -> None:
     print(f"{'global branch':>32}{'local branch':>22}")
     print(f"epoch    loss{'  triplet  x-ent  acc%' * 2}       lr  img/s  left")
     for epoch in range(len(history), args.epochs):
-        # The epoch's randomness depends on seed, epoch and process alone: a resumed run is the same run.
-        torch.manual_seed(int(np.random.SeedSequence([args.seed, epoch, rank]).generate_state(1)[0]))
+        seed_epoch(args.seed, epoch, rank)
         sampler.set_epoch(epoch)
         lr = learning_rate(epoch, args.epochs, args.lr)
         for group in optimizer.param_groups:
@@ -235,17 +242,21 @@ def main() -> None:
             print(f"             {summary(record)}")
         history.append(record)
         if rank == 0:
-            with open(output / "log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+            write(output / "log.jsonl", "".join(json.dumps(record) + "\n" for record in history).encode())
             training = {"optimizer": optimizer.state_dict(), "untrained": untrained, "history": history}
-            save({"model": network.state_dict(), **about, **training}, checkpoint_path)
+            write(checkpoint_path, serialized({"model": network.state_dict(), **about, **training}))
 
     if rank == 0:
-        save({"model": network.state_dict(), **about}, output / "model.pt")
+        write(output / "model.pt", serialized({"model": network.state_dict(), **about}))
     print()
     if untrained:
         print(f"untrained    {summary(untrained)}")
     print(f"trained      {summary(history[-1])}\n\nthe run is in {output}")
+
+
+def seed_epoch(seed: int, epoch: int, rank: int) -> None:
+    """Make an epoch's flips, cutouts and drop masks a function of seed, epoch and process alone, resumed or not."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0]))
 
 
 def train_epoch(
@@ -296,14 +307,26 @@ def collapsed(parts: dict[str, float], num_classes: int, margin: float | None = 
     )
 
 
-def save(state: dict, path: Path) -> None:
-    """Write a checkpoint so that path holds a whole one at any moment, whatever happens."""
-    scratch = path.with_suffix(".tmp")
-    with open(scratch, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+def serialized(state: dict) -> memoryview:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
+
+
+def write(path: Path, content: bytes | memoryview) -> None:
+    """Write a file so that at any moment path holds a whole one, the former or this. Raises DataError."""
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(scratch, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise DataError(
+            f"cannot write {path}: {error.strerror}; what it held before is kept. Make room, then go on by --resume"
+        ) from error
 
 
 def load_checkpoint(path: Path, settings: dict, num_classes: int) -> dict:
@@ -321,4 +344,4 @@ def load_checkpoint(path: Path, settings: dict, num_classes: int) -> dict:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, after_stop="; the same command with --resume goes on")

@@ -90,6 +90,8 @@ def evaluate_ranking(
             "query_features and gallery_features must be (N, D) with one D, not "
             f"{query_features.shape} and {gallery_features.shape}"
         )
+    if not len(gallery_features):
+        raise ValueError("the gallery is empty")
     for side, features, ids, cams in (
         ("query", query_features, query_ids, query_cams),
         ("gallery", gallery_features, gallery_ids, gallery_cams),
@@ -143,7 +145,7 @@ def bf16_pays(device: torch.device) -> bool:
     """Whether bf16 autocast is a gain on the device: on GPUs that have it, on CPUs with matrix units for it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return device.type == "cpu" and bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
 
 
 @torch.inference_mode()
@@ -171,15 +173,19 @@ def extract_features(
     return gather(torch.cat(features))[: len(paths)].cpu().numpy()
 
 
-def rank_split(query: Split, gallery: Split, query_features: np.ndarray, gallery_features: np.ndarray) -> Ranking:
-    """evaluate_ranking of a data set's features; prints the number of queries left out. Raises DataError."""
+def evaluate(network: nn.Module, query: Split, gallery: Split, **options) -> tuple[list[np.ndarray], Ranking]:
+    """The query's and the gallery's features, and their ranking; prints how many queries were left out.
+
+    options are extract_features' height, width, workers and amp. Raises DataError.
+    """
+    features = [extract_features(network, split.paths, **options) for split in (query, gallery)]
     try:
-        ranking = evaluate_ranking(query_features, gallery_features, query.ids, gallery.ids, query.cams, gallery.cams)
+        ranking = evaluate_ranking(*features, query.ids, gallery.ids, query.cams, gallery.cams)
     except ValueError as error:
         raise DataError(str(error)) from error
     if left_out := np.count_nonzero(np.isnan(ranking.average_precisions)):
         print(f"  {left_out} of {len(query.ids)} queries left out: no true match under another camera")
-    return ranking
+    return features, ranking
 
 
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[SONANet, dict]:
@@ -206,26 +212,34 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[SONAN
 # Time and pictures
 
 
-def time_forward(network: nn.Module, batch: int, height: int, width: int, runs: int = 10) -> np.ndarray:
-    """Seconds of forward passes with the network's SONA modules and without: (2, runs) (Sec. 3.5)."""
+@torch.inference_mode()
+def print_times(network: nn.Module, height: int, width: int, runs: int = 10) -> None:
+    """Sec. 3.5: milliseconds of a forward pass, of one image and of 32, with the SONA modules and without.
+
+    Raises DataError where there are none.
+    """
     without = copy.deepcopy(network)
-    for name, module in network.named_modules():
-        if isinstance(module, SONA):
-            without.set_submodule(name, nn.Identity())
+    places = [name for name, module in network.named_modules() if isinstance(module, SONA)]
+    if not places:
+        raise DataError("the network has no SONA module to time")
+    for name in places:
+        without.set_submodule(name, nn.Identity())
     device = next(network.parameters()).device
-    images = torch.randn(batch, 3, height, width, device=device).to(memory_format=torch.channels_last)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = np.empty((2, runs))
-    with torch.inference_mode():
-        for run in range(-3, runs):  # in turn, as a machine's speed drifts; three to warm up
+    print(f"{height} x {width} pixels{'with SONA, ms':>22}{'without, ms':>20}{'ratio':>10}")
+    for batch in (1, 32):
+        images = torch.randn(batch, 3, height, width, device=device).to(memory_format=torch.channels_last)
+        times = np.empty((runs, 2))
+        for run in range(-3, runs):  # both in turn, as a machine's speed drifts; three to warm up
             for i, variant in enumerate((network, without)):
                 wait()
                 start = time.perf_counter()
                 variant(images)
                 wait()
-                if run >= 0:
-                    seconds[i, run] = time.perf_counter() - start
-    return seconds
+                times[run, i] = 1000 * (time.perf_counter() - start)
+        (mean, other), (deviation, others) = times.mean(0), times.std(0)
+        cells = f"{mean:13.2f} +- {deviation:5.2f}{other:12.2f} +- {others:5.2f}{mean / other:10.3f}"
+        print(f"{batch:>2} image{'s' if batch > 1 else ' '}{cells:>60}")
 
 
 POINTS = {  # Fig. 3's reference points, as shares of height and width
@@ -252,18 +266,18 @@ def draw_attention(network: SONANet, paths: list[str], height: int, width: int) 
     for path, (pixels, _) in zip(paths, ImageDataset(paths, height, width), strict=True):
         network(normalize(pixels[None].to(next(network.parameters()).device)))
         x = inputs.pop()
-        attention = sona.attention(x)[0].cpu().unflatten(0, x.shape[2:])  # (H, W, HW)
+        rows, columns = x.shape[2:]
+        attention = sona.attention(x)[0].cpu().view(rows, columns, rows, columns)
         image = read_image(path).resize(TILE, Image.Resampling.BICUBIC)
         red = Image.new("RGB", TILE, "red")
         tiles.append(tile(image, "white", Path(path).stem[:15]))
         for name, (top, left) in POINTS.items():
-            heat = attention[int(top * x.shape[2]), int(left * x.shape[3])].view(x.shape[2:])
+            heat = attention[int(top * rows), int(left * columns)]
             weakest = heat.quantile(0.8)
             heat = ((heat - weakest) / (heat.max() - weakest).clamp(min=1e-12)).clamp(min=0)
             mask = TF.to_pil_image(0.8 * heat[None]).resize(TILE, Image.Resampling.BILINEAR)
             picture = Image.composite(red, image, mask)
-            y, x_ = top * TILE[1], left * TILE[0]
-            ImageDraw.Draw(picture).ellipse((x_ - 5, y - 5, x_ + 5, y + 5), "#20e040", "black")
+            ImageDraw.Draw(picture).circle((left * TILE[0], top * TILE[1]), 5, "#20e040", "black")
             tiles.append(tile(picture, "white", name))
     hook.remove()
     return sheet(tiles, 1 + len(POINTS), "SONA's attention: red, where the green point attends most")
@@ -274,7 +288,7 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Query i's k nearest gallery images and their distances, those of its own identity and camera left out."""
     distances = np.linalg.norm(features[1] - features[0][i], axis=1)
-    other = np.flatnonzero((gallery.ids != query.ids[i]) | (gallery.cams != query.cams[i]) | (gallery.ids < 0))
+    other = np.flatnonzero((gallery.ids != query.ids[i]) | (gallery.cams != query.cams[i]))
     order = other[np.argsort(distances[other], kind="stable")[:k]]
     return order, distances[order]
 
@@ -426,10 +440,10 @@ class Parser(argparse.ArgumentParser):
 
 
 # The settings that do not make another run: a resumed one may change them.
-FREE = {"data_dir", "output", "workers", "eval_every", "resume"}
+CHANGEABLE = {"data_dir", "output", "workers", "eval_every", "resume"}
 
 
-def differences(first: dict, second: dict, free: set[str] = FREE) -> str:
+def differences(first: dict, second: dict, free: set[str] = CHANGEABLE) -> str:
     """The flags in which two runs' settings differ, but for the free ones; empty if in none."""
     return "; ".join(
         f"--{name.replace('_', '-')} {first.get(name)} and {value}"
@@ -460,6 +474,13 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if len(args.runs) > 1 and (args.query or args.ranking or args.features or args.attention or args.time):
         parser.error("--query, --ranking, --features, --attention and --time take one RUN")
+    for flag, path, endings in (
+        ("--ranking", args.ranking, (".png", ".jpg")),
+        ("--attention", args.attention, (".png", ".jpg")),
+        ("--features", args.features, (".npz",)),
+    ):
+        if path and not path.endswith(endings):
+            parser.error(f"{flag} {path}: the name must end in {' or '.join(endings)}")
     if args.gallery and not args.query or args.query and not (args.gallery or args.attention):
         parser.error("--query and --gallery go together")
     return args
@@ -471,16 +492,14 @@ def main() -> None:
     runs = [load_run(run, device) for run in args.runs]
     network, settings = runs[0]
     for run, (_, other) in zip(args.runs, runs, strict=True):
-        if differing := differences(settings, other, FREE | {"seed"}):
+        if differing := differences(settings, other, CHANGEABLE | {"seed"}):
             raise DataError(f"{args.runs[0]} and {run} are not runs of one configuration: {differing}")
     size = {key: settings[key] for key in ("height", "width")}
     if args.time:
         return print_times(network, **size)
 
     if args.query:
-        files = Path(args.gallery or "").rglob("*") if args.gallery else []
-        found = sorted(str(file) for file in files if file.suffix.lower() in EXTENSIONS)
-        query, gallery = (Split(p, np.full(len(p), -1), np.full(len(p), -1)) for p in (args.query, found))
+        query, gallery = unlabelled(args.query, 0), unlabelled(images_in(args.gallery), 1)
     else:
         name = args.dataset or settings["dataset"]
         splits = load_dataset(name, args.data_dir)
@@ -489,39 +508,48 @@ def main() -> None:
         chosen = np.random.default_rng(args.seed).permutation(len(query.paths))[:8]
         paths = args.query or [query.paths[i] for i in chosen]
         return write(args.attention, draw_attention(network, paths, **size).save)
-    if not gallery.paths:
-        raise DataError(f"{args.gallery} is no folder with images ({', '.join(EXTENSIONS)})")
 
-    if not args.query:
-        print(describe(name, splits), "\n")
-    options = {"workers": args.workers, "amp": bf16_pays(device) if args.amp is None else args.amp}
-    ranking, figures = None, []
-    for run, (network, _) in zip(args.runs, runs, strict=True):
-        features = [extract_features(network, split.paths, **size, **options) for split in (query, gallery)]
-        if not args.query:
-            ranking = rank_split(query, gallery, *features)
-            figures.append(ranking.figures())
-            print(f"{run:<22}  {summary(figures[-1])}")
-    if len(runs) > 1:
-        for title, function in (("mean", np.mean), ("standard deviation", np.std)):
-            print(f"{title:<22}  {summary({key: function([f[key] for f in figures]) for key in figures[0]})}")
-    if rank > 0:
-        return
+    options = size | {"workers": args.workers, "amp": bf16_pays(device) if args.amp is None else args.amp}
     if args.query:
+        features, ranking = [extract_features(network, split.paths, **options) for split in (query, gallery)], None
         for i, path in enumerate(query.paths):
             print(path)
             for j, distance in zip(*nearest(i, query, gallery, features), strict=True):
                 print(f"{distance:10.3f}  {gallery.paths[j]}")
+    else:
+        print(describe(name, splits), "\n")
+        figures = []
+        for run, (network, _) in zip(args.runs, runs, strict=True):
+            features, ranking = evaluate(network, query, gallery, **options)
+            figures.append(ranking.figures())
+            print(f"{run:<22}  {summary(figures[-1])}")
+        if len(runs) > 1:
+            for title, function in (("mean", np.mean), ("standard deviation", np.std)):
+                print(f"{title:<22}  {summary({key: function([f[key] for f in figures]) for key in figures[0]})}")
+    if rank > 0:
+        return
     if args.features:
-        arrays = {
-            f"{side}_{key}": value
-            for side, split, x in zip(("query", "gallery"), (query, gallery), features, strict=True)
-            for key, value in {"features": x, **split._asdict()}.items()
-        }
+        arrays = {f"query_{key}": value for key, value in {"features": features[0], **query._asdict()}.items()}
+        arrays |= {f"gallery_{key}": value for key, value in {"features": features[1], **gallery._asdict()}.items()}
         write(args.features, lambda path: np.savez(path, **arrays))
     if args.ranking or args.query:
         picture = draw_ranking(query, gallery, features, ranking, args.seed)
         write(args.ranking or f"{args.runs[0]}/ranking.png", picture.save)
+
+
+def unlabelled(paths: list[str], camera: int) -> Split:
+    """Photos without identities; queries and gallery are of two cameras, so that nothing is left out."""
+    return Split(paths, np.full(len(paths), -1), np.full(len(paths), camera))
+
+
+def images_in(folder: str | None) -> list[str]:
+    """The image files of a folder and its subfolders. Raises DataError if it has none."""
+    if folder is None:
+        return []
+    paths = sorted(str(file) for file in Path(folder).rglob("*") if file.suffix.lower() in EXTENSIONS)
+    if not paths:
+        raise DataError(f"{folder} is no folder with images ({', '.join(EXTENSIONS)})")
+    return paths
 
 
 def write(path: str, save: Callable[[str], None]) -> None:
@@ -531,15 +559,6 @@ def write(path: str, save: Callable[[str], None]) -> None:
     except (OSError, ValueError) as error:
         raise DataError(f"cannot write {path}: {error}") from error
     print(f"wrote {path}")
-
-
-def print_times(network: nn.Module, height: int, width: int) -> None:
-    """Sec. 3.5: single images, ten runs, with SONA and without; and batches."""
-    single, batch = (1000 * time_forward(network, b, height, width) for b in (1, 32))
-    print(f"{height} x {width} pixels    one image, ms              batches of 32, images/s")
-    for name, one, many in zip(("with SONA", "without"), single, batch, strict=True):
-        print(f"{name:<16}{one.mean():9.2f} +- {one.std():<15.2f}{32000 / many.mean():12.1f}")
-    print(f"{'ratio of times':<16}{single[0].mean() / single[1].mean():9.3f}{batch[0].mean() / batch[1].mean():31.3f}")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class DropBlockPlus(nn.Module):
         height, width = x.shape[2:]
         block_height, block_width = min(self.block_height, height), min(self.block_width, width)
         # Seeds are the corners of blocks that lie wholly inside the map, in rows x columns places. Each drops
-        # block_height * block_width positions, and drop_rate of height * width are to go ([10], Eq. 1).
+        # block_height * block_width positions, and drop_rate of height * width are to go (Ghiasi et al. 2018, Eq. 1).
         rows, columns = height - block_height + 1, width - block_width + 1
         seed_rate = self.drop_rate / (block_height * block_width) * (height * width) / (rows * columns)
         seeds = (torch.rand(len(x), 1, rows, columns, device=x.device) < seed_rate).float()

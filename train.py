@@ -24,18 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data import DATASETS, DataError, IdentitySampler, ImageDataset, augment, describe, load_dataset
-from evaluate import (
-    WORKERS,
-    Parser,
-    bf16_pays,
-    differences,
-    extract_features,
-    number,
-    rank_split,
-    run_program,
-    start_process,
-    summary,
-)
+from evaluate import WORKERS, Parser, bf16_pays, differences, evaluate, number, run_program, start_process, summary
 from losses import branch_losses, gather
 from model import DROPS, PLACEMENTS, SONANet
 
@@ -172,6 +161,7 @@ def main() -> None:
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         untrained, history = checkpoint["untrained"], checkpoint["history"]
+    # Nodes without a common folder would go on from different epochs.
     epochs_seen = gather(torch.tensor([len(history)], device=device))
     if epochs_seen.min() < epochs_seen.max():
         raise DataError(f"not all processes find the same checkpoint; {output} must be a folder that all nodes share")
@@ -197,10 +187,8 @@ def main() -> None:
         if processes > 1:  # each normalises its own images: as DataParallel does, keep the first one's statistics
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
-        query, gallery = splits["query"], splits["gallery"]
-        options = {"workers": args.workers, "amp": amp}
-        features = [extract_features(network, s.paths, args.height, args.width, **options) for s in (query, gallery)]
-        return rank_split(query, gallery, *features).figures()
+        options = {"height": args.height, "width": args.width, "workers": args.workers, "amp": amp}
+        return evaluate(network, splits["query"], splits["gallery"], **options)[1].figures()
 
     if args.eval_every and not history:
         untrained = measure()
@@ -233,21 +221,21 @@ def main() -> None:
             )
             + f"{lr:>9.1e}{images_per_second:>7.0f}{f'{minutes / 60:.1f}h' if minutes >= 60 else f'{minutes:.1f}m':>6}"
         )
-        if epoch >= args.epochs // 8 and collapsed(parts, num_classes, args.margin):
-            if not history or not collapsed(history[-1], num_classes, args.margin):
-                print("  note: collapsed, all images have one embedding; try a lower --lr or another --seed")
+        told = history and collapsed(history[-1], num_classes, args.margin)
+        if epoch >= args.epochs // 8 and not told and collapsed(parts, num_classes, args.margin):  # warm-up is over
+            print("  note: collapsed, all images have one embedding; try a lower --lr or another --seed")
         record = {"epoch": epoch, "lr": lr, **parts, "images_per_second": images_per_second}
         if epoch + 1 == args.epochs or args.eval_every and (epoch + 1) % args.eval_every == 0:
             record |= measure()
             print(f"             {summary(record)}")
         history.append(record)
         if rank == 0:
-            write(output / "log.jsonl", "".join(json.dumps(record) + "\n" for record in history).encode())
+            write_whole(output / "log.jsonl", "".join(json.dumps(record) + "\n" for record in history).encode())
             training = {"optimizer": optimizer.state_dict(), "untrained": untrained, "history": history}
-            write(checkpoint_path, serialized({"model": network.state_dict(), **about, **training}))
+            write_whole(checkpoint_path, serialized({"model": network.state_dict(), **about, **training}))
 
     if rank == 0:
-        write(output / "model.pt", serialized({"model": network.state_dict(), **about}))
+        write_whole(output / "model.pt", serialized({"model": network.state_dict(), **about}))
     print()
     if untrained:
         print(f"untrained    {summary(untrained)}")
@@ -313,12 +301,12 @@ def serialized(state: dict) -> memoryview:
     return buffer.getbuffer()
 
 
-def write(path: Path, content: bytes | memoryview) -> None:
+def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that at any moment path holds a whole one, the former or this. Raises DataError."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(scratch, "wb") as file:
-            file.write(content)
+            file.write_whole(content)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)

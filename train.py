@@ -57,36 +57,16 @@ def parse_args() -> argparse.Namespace:
     add("--data-dir", default="datasets", help="where the data sets' folders lie [%(default)s]")
     add("--height", type=number(int, 16), default=384, help="pixels; smaller is faster and sees less [%(default)s]")
     add("--width", type=number(int, 16), default=128, help="pixels [%(default)s]")
-    add(
-        "--workers",
-        type=number(int, 0),
-        default=WORKERS,
-        help="processes that read images, per GPU; more if the GPU waits for them, 0 for none [%(default)s]",
-    )
+    add("--workers", type=number(int, 0), default=WORKERS, help="processes that read images, per GPU [%(default)s]")
 
     add = parser.add_argument_group("network").add_argument
-    add(
-        "--sona",
-        choices=PLACEMENTS,
-        default="2",
-        help="after which stage SONA stands, 4 on a branch; none is the paper's baseline [%(default)s]",
-    )
+    add("--sona", choices=PLACEMENTS, default="2", help="which stage SONA follows, 4 on a branch [%(default)s]")
     add("--drop", choices=DROPS, default="dropblock+", help="the local branch's drop layer [%(default)s]")
-    add(
-        "--weights",
-        default="imagenet",
-        metavar="{imagenet,none,PATH}",
-        help="first weights of the backbone: downloaded, random, or a ResNet-50 state dict for a machine "
-        "without a network [%(default)s]",
-    )
+    weights = "first weights of the backbone; none: random, PATH: a ResNet-50 state dict [%(default)s]"
+    add("--weights", default="imagenet", metavar="{imagenet,none,PATH}", help=weights)
 
     add = parser.add_argument_group("training").add_argument
-    add(
-        "--ids-per-batch",
-        type=number(int, 2),
-        default=32,
-        help="identities in a batch, over all processes; fewer if memory runs out [%(default)s]",
-    )
+    add("--ids-per-batch", type=number(int, 2), default=32, help="over all processes; fewer save memory [%(default)s]")
     add("--images-per-id", type=number(int, 1), default=4, help="images of each identity [%(default)s]")
     add("--epochs", type=number(int, 1), default=400, help="the schedule stretches to it [%(default)s]")
     add("--lr", type=number(float, 1e-12), default=1e-3, help="peak; lower it for smaller batches [%(default)s]")
@@ -99,13 +79,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("run").add_argument
     add("--output", help="the run's folder [runs/DATASET]")
     add("--resume", action="store_true", help="go on from the folder's last.pt; afresh where there is none")
-    add(
-        "--eval-every",
-        type=number(int, 0),
-        default=50,
-        help="epochs between evaluations, of which the first is the untrained network's; 0 evaluates at the "
-        "end only [%(default)s]",
-    )
+    evaluations = "epochs between evaluations, the first before training; 0: one, at the end [%(default)s]"
+    add("--eval-every", type=number(int, 0), default=50, help=evaluations)
 
     if parser.parse_known_args()[0].dataset == "toy":
         parser.set_defaults(**TOY)

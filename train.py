@@ -281,7 +281,7 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(scratch, "wb") as file:
-            file.write_whole(content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)

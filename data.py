@@ -172,6 +172,8 @@ def read_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16-bit grey, which convert would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode == "P":  # with transparency Pillow wants this step
+                image = image.convert("RGBA")
             return image.convert("RGB")
     except Exception as error:  # what Pillow raises depends on where a file is damaged
         raise DataError(f"cannot read the image {path}: {error}; replace or remove it") from error

@@ -375,17 +375,17 @@ def sheet(tiles: list[Tensor], columns: int, title: str) -> Image.Image:
 # Command line; train.py uses these too
 
 
-def number(kind: type, minimum: float) -> Callable[[str], float]:
-    """A type for argparse: an int or a finite float of at least minimum."""
+def number(kind: type, minimum: float, maximum: float = 2**63 - 1) -> Callable[[str], float]:
+    """A type for argparse: an int or a float from minimum to maximum."""
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not minimum <= value < (2**63 if kind is int else math.inf):
+        if not minimum <= value <= maximum:
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} of at least {minimum:g}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {minimum:g} to {maximum:g}")
         return value
 
     return parse
@@ -411,18 +411,21 @@ def start_process() -> tuple[torch.device, int, int]:
 
 def run_program(main: Callable[[], None], after_stop: str = "") -> None:
     """Run a program's main; bad input, SIGTERM and Ctrl-C end it with one line on standard error."""
-    name, rank = Path(sys.argv[0]).name, int(os.environ.get("RANK", 0))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
+    name, rank, pid = Path(sys.argv[0]).name, int(os.environ.get("RANK", 0)), os.getpid()
+
+    def stop(*_) -> None:
+        if os.getpid() == pid:  # a loader's worker ends with this process
+            if rank == 0:
+                print(f"{name}: stopped{after_stop}", file=sys.stderr, flush=True)
+            os._exit(130)  # at once: files are whole at any moment, and an exception might be lost on its way
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     try:
         main()
-    except KeyboardInterrupt:
-        if rank == 0:
-            print(f"{name}: stopped{after_stop}", file=sys.stderr)
-        sys.exit(130)
     except Exception as error:
-        if rank > 0:  # the first process may be telling the cause; torchrun then ends this one
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)
+        if rank > 0:
+            time.sleep(5)  # the first process may be telling the cause; torchrun then ends this one
         if not isinstance(error, DataError | WeightsError):
             raise
         message = str(error).splitlines()[-1]  # from a worker process its traceback comes first
@@ -458,7 +461,7 @@ def parse_args() -> argparse.Namespace:
     add("runs", nargs="+", metavar="RUN", help="a run's folder; of several, mean and standard deviation follow")
     add("--dataset", choices=DATASETS, help="rank another set than the run's own")
     add("--data-dir", default="datasets", help="where the data sets' folders lie [%(default)s]")
-    add("--workers", type=number(int, 0), default=WORKERS, help="processes that read images [%(default)s]")
+    add("--workers", type=number(int, 0, 256), default=WORKERS, help="processes that read images [%(default)s]")
     add("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast [where the device gains by it]")
 
     add = parser.add_argument_group("your own photos, crops of one person each, instead of a data set").add_argument
@@ -481,6 +484,10 @@ def parse_args() -> argparse.Namespace:
     ):
         if path and not path.endswith(endings):
             parser.error(f"{flag} {path}: the name must end in {' or '.join(endings)}")
+    if bool(args.time) + bool(args.attention) + bool(args.ranking or args.features or args.gallery) > 1:
+        parser.error("--time and --attention each go alone")
+    if args.query and args.dataset:
+        parser.error("--query stands instead of --dataset")
     if args.gallery and not args.query or args.query and not (args.gallery or args.attention):
         parser.error("--query and --gallery go together")
     return args

@@ -1186,6 +1186,7 @@ def run_main(monkeypatch, program, *arguments):
         ("--lr", "inf"),
         ("--margin", "-0.1"),
         ("--height", "-384"),
+        ("--height", "99999999"),
         ("--width", "0"),
         ("--workers", "-1"),
         ("--ids-per-batch", "1"),
@@ -1230,8 +1231,13 @@ def test_an_identity_with_one_image_is_drawn_several_times():
 
 def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, market, tmp_path):
     with pytest.raises(DataError, match="the loss of epoch 0 is (nan|inf)"):
-        run_main(monkeypatch, train, *market[1:], "--lr", 1e35, "--workers", 0, "--eval-every", 0, "--output", tmp_path)
+        run_main(monkeypatch, train, *market[1:], "--lr", 1e12, "--workers", 0, "--eval-every", 0, "--output", tmp_path)
     assert not (tmp_path / "last.pt").exists()
+
+
+def parsed(monkeypatch, market, output):
+    monkeypatch.setattr(sys, "argv", [*map(str, market), "--output", str(output), "--resume"])
+    return train.parse_args()
 
 
 def test_bad_checkpoints_and_runs_are_told_and_never_executed(monkeypatch, market, run, tmp_path):
@@ -1241,7 +1247,9 @@ def test_bad_checkpoints_and_runs_are_told_and_never_executed(monkeypatch, marke
 
     whole = (run[0] / "last.pt").read_bytes()
     torch.save({"settings": Evil()}, tmp_path / "evil.pt")
-    for content in (whole[: len(whole) // 2], b"", (tmp_path / "evil.pt").read_bytes()):
+    torch.save({"settings": vars(parsed(monkeypatch, market, tmp_path)), "num_classes": 4}, tmp_path / "part.pt")
+    others = [(tmp_path / name).read_bytes() for name in ("evil.pt", "part.pt")]
+    for content in (whole[: len(whole) // 2], b"", *others):
         (tmp_path / "last.pt").write_bytes(content)
         with pytest.raises(DataError, match="last.pt is damaged or no checkpoint"):
             run_main(monkeypatch, train, *market[1:], "--output", tmp_path, "--resume")
@@ -1257,7 +1265,7 @@ def test_bad_checkpoints_and_runs_are_told_and_never_executed(monkeypatch, marke
         evaluate.load_run(tmp_path / "nowhere")
     settings = torch.load(run[0] / "model.pt", weights_only=True)["settings"]
     with pytest.raises(DataError, match="knows 4 identities, the training set has 5"):
-        load_checkpoint(run[0] / "last.pt", settings, num_classes=5)
+        load_checkpoint(run[0] / "last.pt", settings, 5, None, None)
 
 
 def test_several_runs_have_a_mean_and_a_standard_deviation(market, run, tmp_path):
@@ -1337,6 +1345,17 @@ def test_bf16_training_gives_about_the_losses_of_float32(market, tmp_path):
         program(*market, *flags, "--epochs", 1, "--eval-every", 0, "--workers", 0, "--output", tmp_path / name)
         losses[name] = json.loads((tmp_path / name / "log.jsonl").read_text())["loss"]
     assert losses["bf16"] == pytest.approx(losses["float32"], rel=0.05)
+
+
+def test_a_final_evaluation_that_fails_loses_no_epoch(monkeypatch, market, tmp_path):
+    arguments = [*market[1:], "--epochs", 1, "--eval-every", 0, "--workers", 0, "--output", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda *_, **__: data.read_image("gone.jpg"))
+        with pytest.raises(DataError, match="gone.jpg"):
+            run_main(monkeypatch, train, *arguments)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["history"][0]["epoch"] == 0
+    run_main(monkeypatch, train, *arguments, "--resume")
+    assert "mean_ap" in json.loads((tmp_path / "log.jsonl").read_text())
 
 
 def test_the_compiled_network_is_one_graph_with_the_same_losses():

@@ -55,9 +55,14 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="toy", help="what to train on; the toy is drawn on first use")
     add("--data-dir", default="datasets", help="where the data sets' folders lie [%(default)s]")
-    add("--height", type=number(int, 16), default=384, help="pixels; smaller is faster and sees less [%(default)s]")
-    add("--width", type=number(int, 16), default=128, help="pixels [%(default)s]")
-    add("--workers", type=number(int, 0), default=WORKERS, help="processes that read images, per GPU [%(default)s]")
+    add(
+        "--height",
+        type=number(int, 16, 4096),
+        default=384,
+        help="pixels; smaller is faster, sees less [%(default)s]",
+    )
+    add("--width", type=number(int, 16, 4096), default=128, help="pixels [%(default)s]")
+    add("--workers", type=number(int, 0, 256), default=WORKERS, help="processes to read images, per GPU [%(default)s]")
 
     add = parser.add_argument_group("network").add_argument
     add("--sona", choices=PLACEMENTS, default="2", help="which stage SONA follows, 4 on a branch [%(default)s]")
@@ -69,8 +74,8 @@ def parse_args() -> argparse.Namespace:
     add("--ids-per-batch", type=number(int, 2), default=32, help="over all processes; fewer save memory [%(default)s]")
     add("--images-per-id", type=number(int, 1), default=4, help="images of each identity [%(default)s]")
     add("--epochs", type=number(int, 1), default=400, help="the schedule stretches to it [%(default)s]")
-    add("--lr", type=number(float, 1e-12), default=1e-3, help="peak; lower it for smaller batches [%(default)s]")
-    add("--margin", type=number(float, 0), help="hard triplet margin, as 0.3 [the soft margin]")
+    add("--lr", type=number(float, 1e-12, 1e12), default=1e-3, help="peak; lower it for smaller batches [%(default)s]")
+    add("--margin", type=number(float, 0, 1e12), help="hard triplet margin, as 0.3 [the soft margin]")
     add("--seed", type=number(int, 0), default=0, help="the paper averages over four runs [%(default)s]")
     add("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast [where the device gains by it]")
     add("--compile", action="store_true", help="compile the network: a slow start, then faster steps")
@@ -132,10 +137,7 @@ def main() -> None:
     amp = bf16_pays(device) if args.amp is None else args.amp
     untrained, history = None, []  # evaluation of the untrained network; a record for each epoch
     if resumed:
-        checkpoint = load_checkpoint(checkpoint_path, vars(args), num_classes)
-        network.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        untrained, history = checkpoint["untrained"], checkpoint["history"]
+        untrained, history = load_checkpoint(checkpoint_path, vars(args), num_classes, network, optimizer)
     # Nodes without a common folder would go on from different epochs.
     epochs_seen = gather(torch.tensor([len(history)], device=device))
     if epochs_seen.min() < epochs_seen.max():
@@ -147,7 +149,7 @@ def main() -> None:
     print(describe(args.dataset, splits))
     parameters = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     print(
-        f"SONA {args.sona}, drop {args.drop}: {parameters:.1f} M parameters, {args.height} x {args.width} pixels, "
+        f"SONA {args.sona}, drop {args.drop}: {parameters:.1f} M parameters, {args.height} x {args.width}, "
         f"{processes} x {device.type}, {'bf16' if amp else 'float32'}\n"
     )
     if rank == 0:
@@ -165,10 +167,17 @@ def main() -> None:
         options = {"height": args.height, "width": args.width, "workers": args.workers, "amp": amp}
         return evaluate(network, splits["query"], splits["gallery"], **options)[1].figures()
 
+    about = {"num_classes": num_classes, "settings": vars(args)}  # what rebuilds the network
+
+    def save() -> None:
+        if rank == 0:
+            write_whole(output / "log.jsonl", "".join(json.dumps(record) + "\n" for record in history).encode())
+            training = {"optimizer": optimizer.state_dict(), "untrained": untrained, "history": history}
+            write_whole(checkpoint_path, serialized({"model": network.state_dict(), **about, **training}))
+
     if args.eval_every and not history:
         untrained = measure()
         print(f"untrained    {summary(untrained)}\n")
-    about = {"num_classes": num_classes, "settings": vars(args)}  # what rebuilds the network
     print(f"{'global branch':>32}{'local branch':>22}")
     print(f"epoch    loss{'  triplet  x-ent  acc%' * 2}       lr  img/s  left")
     for epoch in range(len(history), args.epochs):
@@ -182,7 +191,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         if not math.isfinite(parts["loss"]):
             raise DataError(
-                f"the loss of epoch {epoch} is {parts['loss']}; the epochs before it are kept in {output}. "
+                f"the loss of epoch {epoch} is {parts['loss']}; {output} keeps the epochs before it, if any. "
                 "Start anew with a lower --lr, or with --no-amp"
             )
         images_per_second = len(loader) * args.ids_per_batch * args.images_per_id / seconds
@@ -198,17 +207,17 @@ def main() -> None:
         )
         told = history and collapsed(history[-1], num_classes, args.margin)
         if epoch >= args.epochs // 8 and not told and collapsed(parts, num_classes, args.margin):  # warm-up is over
-            print("  note: collapsed, all images have one embedding; try a lower --lr or another --seed")
+            print("  note: collapsed to one embedding for all images; lower --lr or change --seed")
         record = {"epoch": epoch, "lr": lr, **parts, "images_per_second": images_per_second}
-        if epoch + 1 == args.epochs or args.eval_every and (epoch + 1) % args.eval_every == 0:
+        if args.eval_every and (epoch + 1) % args.eval_every == 0 and epoch + 1 < args.epochs:
             record |= measure()
             print(f"             {summary(record)}")
         history.append(record)
-        if rank == 0:
-            write_whole(output / "log.jsonl", "".join(json.dumps(record) + "\n" for record in history).encode())
-            training = {"optimizer": optimizer.state_dict(), "untrained": untrained, "history": history}
-            write_whole(checkpoint_path, serialized({"model": network.state_dict(), **about, **training}))
+        save()
 
+    if "mean_ap" not in history[-1]:
+        history[-1] |= measure()
+        save()
     if rank == 0:
         write_whole(output / "model.pt", serialized({"model": network.state_dict(), **about}))
     print()
@@ -292,18 +301,25 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         ) from error
 
 
-def load_checkpoint(path: Path, settings: dict, num_classes: int) -> dict:
-    """A checkpoint to go on from. Raises DataError if it is damaged or of another run."""
+def load_checkpoint(
+    path: Path, settings: dict, num_classes: int, network: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict | None, list[dict]]:
+    """Load a checkpoint into network and optimizer; returns the untrained network's figures and the epochs' records.
+
+    Raises DataError if it is damaged or of another run.
+    """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        saved = checkpoint["settings"]
+        differing = differences(checkpoint["settings"], settings)
+        if not differing and checkpoint["num_classes"] == num_classes:
+            network.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            return checkpoint["untrained"], list(checkpoint["history"])
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise DataError(f"{path} is damaged or no checkpoint of train.py; remove it to start afresh") from error
-    if differing := differences(saved, settings):
+    if differing:
         raise DataError(f"{path} is of a run with other settings, then and now: {differing}")
-    if checkpoint["num_classes"] != num_classes:
-        raise DataError(f"{path} knows {checkpoint['num_classes']} identities, the training set has {num_classes}")
-    return checkpoint
+    raise DataError(f"{path} knows {checkpoint['num_classes']} identities, the training set has {num_classes}")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def evaluate_ranking(
     last = np.searchsorted(gallery_ids[by_id], query_ids, "right")
     average_precisions = np.full(len(query_ids), np.nan)
     hits = np.zeros(max_rank)
-    slab = max(1, 2**23 // max(1, len(gallery_ids)))  # rows of 8M distances in all, 32 MB in float32
+    slab = max(1, 2**23 // len(gallery_ids))  # rows of 8M distances in all, 32 MB in float32
     for start in range(0, len(query_ids), slab):
         # |q - g|^2 / 2 without |q|^2 / 2, which is the same for all g, is |g|^2 / 2 - qg: one matrix product.
         distances = query_features[start : start + slab] @ gallery_features.T  # (slab, gallery)
@@ -423,6 +423,8 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> None:
     signal.signal(signal.SIGINT, stop)
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except Exception as error:
         if rank > 0:
             time.sleep(5)  # the first process may be telling the cause; torchrun then ends this one
@@ -430,9 +432,6 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> None:
             raise
         message = str(error).splitlines()[-1]  # from a worker process its traceback comes first
         sys.exit(f"{name}: error: {message.removeprefix('data.DataError: ')}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 class Parser(argparse.ArgumentParser):
@@ -503,7 +502,8 @@ def main() -> None:
             raise DataError(f"{args.runs[0]} and {run} are not runs of one configuration: {differing}")
     size = {key: settings[key] for key in ("height", "width")}
     if args.time:
-        return print_times(network, **size)
+        print_times(network, **size)
+        return
 
     if args.query:
         query, gallery = unlabelled(args.query, 0), unlabelled(images_in(args.gallery), 1)
@@ -514,7 +514,9 @@ def main() -> None:
     if args.attention:
         chosen = np.random.default_rng(args.seed).permutation(len(query.paths))[:8]
         paths = args.query or [query.paths[i] for i in chosen]
-        return write(args.attention, draw_attention(network, paths, **size).save)
+        if rank == 0:
+            write(args.attention, draw_attention(network, paths, **size).save)
+        return
 
     options = size | {"workers": args.workers, "amp": bf16_pays(device) if args.amp is None else args.amp}
     if args.query:

@@ -107,11 +107,8 @@ def main() -> None:
     output, checkpoint_path = Path(args.output), Path(args.output, "last.pt")
     resumed = args.resume and checkpoint_path.exists()
     if not resumed and (checkpoint_path.exists() or (output / "model.pt").exists()):
-        raise DataError(
-            f"{output} holds a run; "
-            + ("its last.pt is gone: " if args.resume else "go on with it by --resume, or ")
-            + "choose another folder by --output"
-        )
+        hint = "its last.pt is gone:" if args.resume else "go on with it by --resume, or"
+        raise DataError(f"{output} holds a run; {hint} choose another folder by --output")
     splits = load_dataset(args.dataset, args.data_dir)
     train = splits["train"]
     labels = train.labels.to(device)

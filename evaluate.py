@@ -459,7 +459,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run's folder; of several, mean and standard deviation follow")
     add("--dataset", choices=DATASETS, help="rank another set than the run's own")
-    add("--data-dir", default="datasets", help="where the data sets' folders lie [%(default)s]")
+    add("--data-dir", help="where the data sets' folders lie [as in the run's training]")
     add("--workers", type=number(int, 0, 256), default=WORKERS, help="processes that read images [%(default)s]")
     add("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast [where the device gains by it]")
 
@@ -509,7 +509,7 @@ def main() -> None:
         query, gallery = unlabelled(args.query, 0), unlabelled(images_in(args.gallery), 1)
     else:
         name = args.dataset or settings["dataset"]
-        splits = load_dataset(name, args.data_dir)
+        splits = load_dataset(name, args.data_dir or settings["data_dir"])
         query, gallery = splits["query"], splits["gallery"]
     if args.attention:
         chosen = np.random.default_rng(args.seed).permutation(len(query.paths))[:8]

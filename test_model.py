@@ -1089,11 +1089,10 @@ def test_a_run_is_not_overwritten(market, run):
     assert (output / "last.pt").stat().st_mtime == before
 
 
-def test_evaluate_prints_the_runs_own_figures(market, run):
+def test_evaluate_prints_the_runs_own_figures(run):
     output, done = run
     trained = done.stdout.split("trained    ")[-1].splitlines()[0].strip()
-    arguments = ["--data-dir", market[market.index("--data-dir") + 1], "--workers", 0, "--no-amp"]
-    evaluated = program("evaluate.py", output, *arguments)
+    evaluated = program("evaluate.py", output, "--workers", 0, "--no-amp")
     assert trained in evaluated.stdout
     assert max(map(len, evaluated.stdout.splitlines()[:-1])) <= 80
 
@@ -1107,7 +1106,9 @@ def test_evaluation_under_torchrun_gives_the_figures_of_one_process(market, run)
 
 def start(*command, torchrun=0):
     """Start a program and wait for its first epoch; stopped by the caller."""
-    running = subprocess.Popen(**program_arguments(command, torchrun), stdout=subprocess.PIPE)
+    running = subprocess.Popen(
+        **program_arguments(command, torchrun), stdout=subprocess.DEVNULL, start_new_session=True
+    )
     log = Path(command[command.index("--output") + 1]) / "log.jsonl"
     while running.poll() is None and not log.exists():
         time.sleep(0.05)
@@ -1117,7 +1118,7 @@ def start(*command, torchrun=0):
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_sigterm_and_ctrl_c_end_a_run_with_one_line(market, tmp_path, stop):
     running = start(*market, "--epochs", 500, "--workers", 1, "--output", tmp_path / "run")
-    running.send_signal(stop)
+    os.killpg(running.pid, stop)  # with its workers, as terminals and schedulers do
     _, error = running.communicate()
     assert running.returncode == 130
     assert error == "train.py: stopped; the same command with --resume goes on\n"

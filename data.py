@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -67,10 +66,10 @@ class DataError(ValueError):
 
 
 class Split(NamedTuple):
-    """The images of one folder, sorted by name."""
+    """Images with their labels, as of one folder."""
 
     paths: list[str]
-    ids: np.ndarray  # (N,) identities as in the file names; 0 is a distractor
+    ids: np.ndarray  # (N,) identities as in the file names; 0 is a distractor, -1 unknown
     cams: np.ndarray  # (N,) cameras
 
     @property
@@ -100,8 +99,8 @@ def load_dataset(name: str, data_dir: str | Path) -> dict[str, Split]:
         )
     splits = {split: read_split(root / folder) for split, folder in FOLDERS.items()}
     query, gallery = splits["query"], splits["gallery"]
-    cams = {identity: set(gallery.cams[gallery.ids == identity].tolist()) for identity in np.unique(query.ids)}
-    if not any(cams[identity] - {cam} for identity, cam in zip(query.ids, query.cams, strict=True)):
+    cameras_of = {identity: set(gallery.cams[gallery.ids == identity].tolist()) for identity in np.unique(query.ids)}
+    if not any(cameras_of[identity] - {cam} for identity, cam in zip(query.ids, query.cams, strict=True)):
         raise DataError(f"{root}: no query has a true match under another camera; are the file names right?")
     return splits
 
@@ -135,17 +134,16 @@ def read_split(folder: Path) -> Split:
 
 
 def describe(name: str, splits: dict[str, Split]) -> str:
-    """The counts of each split beside Table 1's, with a note where they differ."""
+    """The counts of each split beside the published ones, with a note where they differ."""
     lines = [f"{name:<16}{'images':>8}{'identities':>12}{'cameras':>9}"]
-    note = []
     for split, found in splits.items():
-        line = f"  {split:<14}{len(found.paths):>8,}{found.num_ids:>12,}{len(np.unique(found.cams)):>9}"
-        published = DATASETS[name].counts.get(split)
-        if published and published != (len(found.paths), found.num_ids):
-            line += f"   published: {published[0]:,} of {published[1]:,}"
-            note = ["note: these are not the published counts; figures do not compare with others'"]
-        lines.append(line)
-    return "\n".join(lines + note)
+        size = len(found.paths), found.num_ids
+        published = DATASETS[name].counts.get(split, size)
+        differs = "" if size == published else f"   published: {published[0]:,} of {published[1]:,}"
+        lines.append(f"  {split:<14}{size[0]:>8,}{size[1]:>12,}{len(np.unique(found.cams)):>9}{differs}")
+    if any("published" in line for line in lines):
+        lines.append("note: these are not the published counts; figures do not compare with others'")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -162,31 +160,30 @@ class ImageDataset(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = read_image(self.paths[index]).resize((self.width, self.height), Image.Resampling.BILINEAR)
-        return TF.pil_to_tensor(image), index
+        return TF.resize(read_image(self.paths[index]), [self.height, self.width]), index  # not in the paper: bilinear
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """An image file as 8-bit RGB, whatever its own mode. Raises DataError naming the file."""
+def read_image(path: str | Path) -> Tensor:
+    """An image file as (3, H, W) uint8 RGB, whatever its own mode. Raises DataError naming the file."""
     try:
         with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)  # a phone's photo may lie on its side
             if image.mode.startswith("I"):  # 16-bit grey, which convert would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode == "P":  # with transparency Pillow wants this step
                 image = image.convert("RGBA")
-            return image.convert("RGB")
+            return TF.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # what Pillow raises depends on where a file is damaged
         raise DataError(f"cannot read the image {path}: {error}; replace or remove it") from error
 
 
 def normalize(images: Tensor) -> Tensor:
-    """(B, 3, H, W) uint8 on any device -> normalised floats, channels-last (the test transform, Sec. 3.2)."""
+    """(B, 3, H, W) uint8 on any device -> normalised floats, channels-last (Sec. 3.2)."""
     mean, std = imagenet_statistics(images.device)
     return images.float().sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 
 
 @cache  # copied to a device once: at a copy in each batch a GPU would wait
-@torch.inference_mode(False)
 def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of RGB in [0, 255], each (3, 1, 1)."""
     mean, std = torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)]) * 255
@@ -203,10 +200,11 @@ def augment(images: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, probability: float = 0.5) -> Tensor:
-    """Fill one random square of an image with 0, wholly inside it: (B, C, H, W), in place (Sec. 3.2).
+    """Cutout: (B, C, H, W) normalised floats, in place (Sec. 3.2).
 
-    Its side is 64 pixels at 384 x 128, and the same share of the area, 1/12, at any other size. (RandomErasing
-    does the same to one image at a time, at which a GPU would wait for each.)
+    Not in the paper: probability 0.5, one 64 x 64 square inside the image, 0 after normalisation; at other
+    sizes than 384 x 128 the same share of the area, 1/12. (RandomErasing does the same to one image at a
+    time, at which a GPU would wait for each.)
     """
     batch, _, height, width = images.shape
     side = min(round(math.sqrt(height * width / 12)), height, width)
@@ -222,14 +220,16 @@ def cutout(images: Tensor, probability: float = 0.5) -> Tensor:
 
 
 class IdentitySampler:
-    """Batches of P identities x K images, each identity once an epoch (Sec. 3.2): a batch_sampler.
+    """Batches of P identities x K images (Sec. 3.2): a batch_sampler.
+
+    Not in the paper: an epoch is identities // P steps, each identity once.
 
     labels (N,) identities of the images; yields lists of indices, the K images of an identity side by
     side, drawn with replacement if it has fewer. An epoch is a function of seed and epoch alone: call
     set_epoch before each. Of each global batch, process `rank` of `world_size` takes its P / world_size
     identities. The identities left over when P does not divide their number sit out an epoch.
 
-    Raises DataError where there are fewer identities than P, ValueError where world_size does not divide P.
+    Raises DataError where there are fewer identities than P, or world_size does not divide P.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class IdentitySampler:
                 "lower --ids-per-batch"
             )
         if ids_per_batch % world_size:
-            raise ValueError(f"{world_size} processes cannot share {ids_per_batch} identities a batch alike")
+            raise DataError(f"--ids-per-batch {ids_per_batch} cannot be shared among {world_size} processes alike")
         self.ids_per_batch, self.images_per_id, self.seed = ids_per_batch, images_per_id, seed
         self.rank, self.share = rank, ids_per_batch // world_size
         self.epoch = 0
@@ -263,7 +263,7 @@ class IdentitySampler:
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.images_of_id))
-        # Drawn for every identity, so that all processes draw alike.
+        # Drawn for the other processes' identities too, so that all stay in step.
         images = [
             rng.choice(self.images_of_id[i], self.images_per_id, replace=len(self.images_of_id[i]) < self.images_per_id)
             for i in order
@@ -286,15 +286,14 @@ def draw_toy(folder: Path) -> None:
 
     Drawn beside the folder and renamed, so that it is whole or not there.
     """
+    scratch = folder.with_name(f"toy.{os.getpid()}.tmp")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix="toy-", dir=folder.parent))
+        for name in FOLDERS.values():
+            (scratch / name).mkdir(parents=True)
     except OSError as error:
         raise DataError(
             f"cannot draw the toy in {folder.parent}: {error.strerror}; choose another --data-dir"
         ) from error
-    for name in FOLDERS.values():
-        (scratch / name).mkdir()
 
     def draw(split: str, identity: int, person: int, camera: int, image: int) -> None:
         name = f"{identity:04d}_c{camera}_{person:04d}_{image}.png"
@@ -309,7 +308,6 @@ def draw_toy(folder: Path) -> None:
             draw("gallery", person, person, camera, 1)
     for person in range(115, 165):
         draw("gallery", 0, person, 1 + person % TOY_CAMERAS, 0)
-    scratch.chmod(0o755)
     try:
         scratch.rename(folder)
     except OSError:  # another process was faster
@@ -324,103 +322,77 @@ def draw_pedestrian(person: int, camera: int, image: int) -> Image.Image:
     build, tall = who.uniform(0.85, 1.25), who.uniform(0.9, 1.06)
     skin, hair = who.choice(SKINS), who.choice(HAIRS)
     top, second, bottom, shoe, bag_colour = who.choice(COLOURS, 5)
-    haircut = who.choice(["short", "long", "bald", "cap"])
-    pattern = who.choice(["plain", "stripes", "bars", "checks", "halves", "print"])
-    legwear = who.choice(["trousers", "trousers", "shorts", "skirt"])
-    long_sleeves, bag = who.random() < 0.5, who.choice(["none", "backpack", "shoulder", "hand"])
+    long_hair, long_sleeves, shorts = who.random(3) < 0.5
+    pattern, bag = who.integers(5), who.choice(["none", "backpack", "shoulder", "hand"])
 
     # Where: viewpoint, background, light
-    zoom, facing, blur = where.uniform(0.88, 1.04), (camera - 1) % 3, where.uniform(0.3, 1.3)
+    zoom, blur, side_view = where.uniform(0.88, 1.04), where.uniform(0.3, 1.3), camera % 3 == 0
     wall, floor = (where.uniform(70, 190) + where.uniform(-14, 14, 3) for _ in range(2))
-    horizon, cast, gain = where.uniform(0.3, 0.6), where.uniform(0.65, 1.35, 3), where.uniform(0.75, 1.25)
+    horizon, cast, gain = where.uniform(75, 155), where.uniform(0.72, 1.28, 3), where.uniform(0.75, 1.25)
 
     # When: pose and place, in pixels of a canvas of twice the size
     size = 232 * zoom * tall * when.uniform(0.95, 1.04)
     x, feet, swing = when.normal(64, 6), when.normal(248, 3), when.uniform(-1, 1)
-    back = facing == 1 if when.random() < 0.8 else facing != 1
-    width = size * 0.13 * build * (0.75 if facing == 2 else 1)
+    back = when.random() < (0.8 if camera % 3 == 2 else 0.2)
+    width = size * 0.13 * build * (0.75 if side_view else 1)
 
-    def at(dx: float, height: float) -> tuple[float, float]:  # in half-widths from the axis, in heights
-        return x + dx * width, feet - height * size
+    def at(*points: tuple[float, float]) -> list[tuple[float, float]]:  # in half-widths from the axis, in heights
+        return [(x + dx * width, feet - height * size) for dx, height in points]
 
     def shade(colour: np.ndarray, brightness: float = 1) -> tuple[int, ...]:
-        return tuple(np.clip(colour * brightness, 0, 255).astype(int).tolist())
+        return tuple((colour * brightness).astype(int).tolist())
 
     canvas = Image.new("RGB", (128, 256), shade(wall))
     draw = ImageDraw.Draw(canvas)
-    line = 256 * horizon
-    for left in range(-20 + int(when.integers(20)), 128, 34):  # shop fronts
+    for left in range(int(when.integers(-20, 0)), 128, 34):  # shop fronts
         draw.rectangle(
-            (left, line * when.uniform(0.1, 0.5), left + 22, line), fill=shade(wall, when.uniform(0.75, 1.2))
+            (left, horizon * when.uniform(0.1, 0.5), left + 22, horizon), shade(wall, when.uniform(0.7, 1.2))
         )
-    draw.rectangle((0, line, 128, 256), fill=shade(floor))
-    for y in range(int(line) + 12, 256, 30):  # paving
-        draw.line((0, y, 128, y), fill=shade(floor, 0.88), width=2)
-    draw.ellipse((x - 1.8 * width, feet - 9, x + 2.2 * width, feet + 9), fill=shade(floor, 0.6))
+    draw.rectangle((0, horizon, 128, 256), shade(floor))
+    draw.ellipse((x - 1.8 * width, feet - 9, x + 2.2 * width, feet + 9), shade(floor, 0.6))
 
-    limb, stride = int(width * 0.62), swing * (0.9 if facing == 2 else 0.35)
-    for side in (-1, 1):  # legs and shoes
-        hip, knee, ankle = at(side * 0.4, 0.5), at(side * (0.45 + stride / 2), 0.27), at(side * (0.42 + stride), 0.04)
-        draw.line((hip, knee, ankle), fill=skin, width=int(limb * 0.75), joint="curve")
-        if legwear != "skirt":
-            draw.line(
-                (hip, knee) if legwear == "shorts" else (hip, knee, ankle), fill=bottom, width=limb, joint="curve"
-            )
-        draw.ellipse((ankle[0] - limb * 0.75, ankle[1] - 5, ankle[0] + limb * 0.75, ankle[1] + 9), fill=shoe)
-    if legwear == "skirt":
-        draw.polygon((at(-0.75, 0.52), at(0.75, 0.52), at(1.15, 0.28), at(-1.15, 0.28)), fill=bottom)
-    if bag == "backpack" and not back:
-        draw.rounded_rectangle((*at(-1.15, 0.8), *at(1.15, 0.56)), 8, fill=bag_colour)
+    limb, stride = int(width * 0.62), swing * (0.9 if side_view else 0.35)
+    for side in (-1, 1):  # legs
+        leg = at((side * 0.4, 0.5), (side * (0.45 + stride / 2), 0.27), (side * (0.42 + stride), 0.04))
+        draw.line(leg, skin, int(limb * 0.75), "curve")
+        draw.line(leg[:2] if shorts else leg, bottom, limb, "curve")
+        draw.ellipse((leg[2][0] - limb * 0.75, leg[2][1] - 5, leg[2][0] + limb * 0.75, leg[2][1] + 9), shoe)
 
-    torso = Image.new("L", canvas.size)
-    ImageDraw.Draw(torso).polygon(
-        (at(-0.6, 0.83), at(0.6, 0.83), at(1, 0.78), at(0.8, 0.47), at(-0.8, 0.47), at(-1, 0.78)), fill=255
-    )
-    cloth = Image.new("RGB", canvas.size, top)
-    weave = ImageDraw.Draw(cloth)
-    step = max(int(size * 0.055), 4)
-    if pattern in ("stripes", "checks"):
-        for y in range(int(feet - size), int(feet), 2 * step):
-            weave.rectangle((0, y, 128, y + step - 1), fill=second)
-    if pattern in ("bars", "checks"):
-        for left in range(int(x) % (2 * step), 128, 2 * step):
-            weave.rectangle((left, 0, left + step - 1, 256), fill=second)
-    if pattern == "halves":
-        weave.rectangle((0, 0, 128, at(0, 0.66)[1]), fill=second)
-    if pattern == "print":
-        weave.ellipse((*at(-0.45, 0.76), *at(0.45, 0.6)), fill=second)
-    canvas.paste(cloth, mask=torso)
-    for side in (-1, 1):  # arms
-        shoulder, elbow, hand = at(side * 0.9, 0.79), at(side * 1.25, 0.63), at(side * (1.2 + 0.4 * swing), 0.47)
-        draw.line((shoulder, elbow, hand), fill=skin, width=int(limb * 0.5), joint="curve")
-        draw.line((shoulder, elbow, hand) if long_sleeves else (shoulder, elbow), fill=top, width=int(limb * 0.62))
+    if bag == "backpack":
+        draw.rounded_rectangle(at((-1.15, 0.8), (1.15, 0.56)), 8, bag_colour)
+    torso = Image.new("1", canvas.size)
+    outline = at((-0.6, 0.83), (0.6, 0.83), (1, 0.78), (0.8, 0.47), (-0.8, 0.47), (-1, 0.78))
+    ImageDraw.Draw(torso).polygon(outline, 1)
+    step = size * 0.055
+    row, column = (np.arange(256)[:, None] - feet) // step, (np.arange(128) - x) // step
+    patterns = [False, row % 2 == 0, column % 2 == 0, (row + column) % 2 == 0, row < -12]
+    worn = np.broadcast_to(patterns[pattern], (256, 128))  # plain, stripes, bars, checks or halves
+    canvas.paste(top, mask=torso)
+    canvas.paste(second, mask=Image.fromarray(worn & np.asarray(torso)))
+    for side in (-1, 1):
+        arm = at((side * 0.9, 0.79), (side * 1.25, 0.63), (side * (1.2 + 0.4 * swing), 0.47))
+        draw.line(arm, skin, int(limb * 0.5), "curve")
+        draw.line(arm if long_sleeves else arm[:2], top, int(limb * 0.62), "curve")
 
-    draw.rectangle((*at(-0.22, 0.87), *at(0.22, 0.81)), fill=skin)
-    radius = size * 0.062
-    head_x, head_y = at(0, 0.92)
-    head = (head_x - radius, head_y - radius * 1.2, head_x + radius, head_y + radius * 1.2)
-    if haircut == "long":
-        draw.rounded_rectangle((head[0] - 4, head[1] - 3, head[2] + 4, head[3] + radius * 1.2), 9, fill=hair)
-    draw.ellipse(head, fill=hair if back and haircut != "bald" else skin)
-    if haircut != "bald":
-        draw.chord(
-            (head[0] - 2, head[1] - 3, head[2] + 2, head[3]), 175, 365, fill=bag_colour if haircut == "cap" else hair
-        )
+    draw.rectangle(at((-0.22, 0.87), (0.22, 0.81)), skin)
+    (left, crown), (right, chin) = at((-0.45, 0.995), (0.45, 0.845))
+    if long_hair:
+        draw.rounded_rectangle((left - 4, crown - 3, right + 4, chin + 14), 9, hair)
+    draw.ellipse((left, crown, right, chin), hair if back else skin)
+    draw.chord((left - 2, crown - 3, right + 2, chin), 175, 365, hair)
     if bag == "backpack" and back:
-        draw.rounded_rectangle((*at(-0.75, 0.81), *at(0.75, 0.55)), 8, fill=bag_colour)
+        draw.rounded_rectangle(at((-0.75, 0.81), (0.75, 0.55)), 8, bag_colour)
     elif bag == "shoulder":
-        draw.line((at(-0.7, 0.82), at(0.9, 0.52)), fill=bag_colour, width=5)
-        draw.rectangle((*at(0.6, 0.55), *at(1.5, 0.44)), fill=bag_colour)
+        draw.line(at((-0.7, 0.82), (0.9, 0.52)), bag_colour, 5)
+        draw.rectangle(at((0.6, 0.55), (1.5, 0.44)), bag_colour)
     elif bag == "hand":
-        draw.rectangle((*at(1.0, 0.46), *at(1.75, 0.33)), fill=bag_colour)
+        draw.rectangle(at((1.0, 0.46), (1.75, 0.33)), bag_colour)
 
     if when.random() < 0.35:  # something in front: a post, a car, a passer-by's shoulder
-        edge = int(when.integers(0, 128))
-        boxes = [(edge, 0, edge + 12, 256), (0, 256 - int(when.integers(20, 70)), 128, 256), (edge, 90, edge + 36, 256)]
-        draw.rounded_rectangle(boxes[camera % 3], 6, fill=shade(when.uniform(40, 170) + when.uniform(-30, 30, 3)))
+        edge = int(when.integers(128))
+        boxes = [(edge, 0, edge + 12, 256), (0, 186 + edge // 2, 128, 256), (edge, 90, edge + 36, 256)]
+        draw.rounded_rectangle(boxes[camera % 3], 6, shade(when.uniform(40, 170) + when.uniform(-30, 30, 3)))
 
-    pixels = np.asarray(
-        canvas.filter(ImageFilter.GaussianBlur(blur * 2)).resize((64, 128), Image.Resampling.BOX), float
-    )
-    pixels = pixels * cast * gain * when.uniform(0.85, 1.15) + when.normal(0, 5, pixels.shape)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    canvas = canvas.filter(ImageFilter.GaussianBlur(blur * 2)).resize((64, 128), Image.Resampling.BOX)
+    pixels = np.asarray(canvas) * cast * gain * when.uniform(0.85, 1.15) + when.normal(0, 5, (128, 64, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

@@ -11,7 +11,6 @@ Usage:
 """
 
 import argparse
-import copy
 import math
 import os
 import signal
@@ -30,17 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 
-from data import (
-    DATASETS,
-    EXTENSIONS,
-    DataError,
-    ImageDataset,
-    Split,
-    describe,
-    load_dataset,
-    normalize,
-    read_image,
-)
+from data import DATASETS, EXTENSIONS, DataError, ImageDataset, Split, describe, load_dataset, normalize, read_image
 from losses import gather
 from model import SONA, SONANet, WeightsError
 
@@ -68,12 +57,12 @@ def evaluate_ranking(
     gallery_cams: np.ndarray,
     max_rank: int = 50,
 ) -> Ranking:
-    """CMC and average precision of single queries under Euclidean distance (Market-1501 protocol, Zheng et al. 2015).
+    """CMC and average precision of single queries, by the Market-1501 protocol (Sec. 3.3; Zheng et al. 2015).
 
     features (N, D), ids and cams (N,). For each query, gallery images of its own identity under its own
-    camera do not count, nor does junk (identity -1). A query without a true match under another camera is
-    left out. AP is the mean of the precisions at each true match. Distances are in the features' precision, at
-    least float32; equal ones rank in gallery order.
+    camera do not count, nor does junk (identity -1, Sec. 3.1). Distances are Euclidean, in the features'
+    precision, at least float32. Not in the paper: queries without a true match under another camera are left
+    out of the mean; AP is the mean of the precisions at each true match; equal distances rank in gallery order.
 
     Raises ValueError where shapes do not fit, features are not finite, or no query has a true match.
 
@@ -85,13 +74,9 @@ def evaluate_ranking(
     query_ids, gallery_ids, query_cams, gallery_cams = map(
         np.asarray, (query_ids, gallery_ids, query_cams, gallery_cams)
     )
-    if query_features.ndim != 2 or query_features.shape[1:] != gallery_features.shape[1:]:
-        raise ValueError(
-            "query_features and gallery_features must be (N, D) with one D, not "
-            f"{query_features.shape} and {gallery_features.shape}"
-        )
-    if not len(gallery_features):
-        raise ValueError("the gallery is empty")
+    shapes = query_features.shape, gallery_features.shape
+    if query_features.ndim != 2 or shapes[0][1:] != shapes[1][1:] or not len(gallery_features):
+        raise ValueError(f"the features must be (N, D), with one D and N > 0, not {shapes[0]} and {shapes[1]}")
     for side, features, ids, cams in (
         ("query", query_features, query_ids, query_cams),
         ("gallery", gallery_features, gallery_ids, gallery_cams),
@@ -100,24 +85,27 @@ def evaluate_ranking(
             raise ValueError(f"{side}: {len(features)} features, but ids {ids.shape} and cams {cams.shape}")
 
     # Distances are the same from any origin; far from 0, where products cancel, one of the images is a good one.
-    query_features, gallery_features = query_features - gallery_features[0], gallery_features - gallery_features[0]
-    query_norms, half_norms = (np.einsum("nd,nd->n", x, x) / 2 for x in (query_features, gallery_features))
+    with np.errstate(invalid="ignore"):
+        query_features, gallery_features = query_features - gallery_features[0], gallery_features - gallery_features[0]
+        query_norms, half_norms = (np.einsum("nd,nd->n", x, x) / 2 for x in (query_features, gallery_features))
     if not (np.isfinite(query_norms).all() and np.isfinite(half_norms).all()):
         raise ValueError("the features hold nan, inf or numbers too large to square; did the training go wrong?")
     half_norms[gallery_ids == -1] = np.inf  # junk comes last, behind every match
 
     by_id = np.argsort(gallery_ids, kind="stable")
     first = np.searchsorted(gallery_ids[by_id], query_ids, "left")
-    last = np.searchsorted(gallery_ids[by_id], query_ids, "right")
+    end = np.searchsorted(gallery_ids[by_id], query_ids, "right")
     average_precisions = np.full(len(query_ids), np.nan)
     hits = np.zeros(max_rank)
     slab = max(1, 2**23 // len(gallery_ids))  # rows of 8M distances in all, 32 MB in float32
+    buffer = np.empty((min(slab, len(query_ids)), len(gallery_ids)), dtype)
     for start in range(0, len(query_ids), slab):
         # |q - g|^2 / 2 without |q|^2 / 2, which is the same for all g, is |g|^2 / 2 - qg: one matrix product.
-        distances = query_features[start : start + slab] @ gallery_features.T  # (slab, gallery)
+        queries = query_features[start : start + slab]
+        distances = np.matmul(queries, gallery_features.T, out=buffer[: len(queries)])  # (slab, gallery)
         np.subtract(half_norms, distances, out=distances)
         for query, row in enumerate(distances, start):
-            same_id = by_id[first[query] : last[query]]
+            same_id = by_id[first[query] : end[query]]
             same_cam = gallery_cams[same_id] == query_cams[query]
             row[same_id[same_cam]] = np.inf
             matches = same_id[~same_cam]
@@ -145,7 +133,8 @@ def bf16_pays(device: torch.device) -> bool:
     """Whether bf16 autocast is a gain on the device: on GPUs that have it, on CPUs with matrix units for it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # CAPVER
+    return device.type == "cpu" and bool(capabilities().get("amx_bf16"))
 
 
 @torch.inference_mode()
@@ -213,36 +202,29 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[SONAN
 
 
 @torch.inference_mode()
-def print_times(network: nn.Module, height: int, width: int, runs: int = 10) -> None:
-    """Sec. 3.5: milliseconds of a forward pass, of one image and of 32, with the SONA modules and without.
-
-    Raises DataError where there are none.
-    """
-    without = copy.deepcopy(network)
-    places = [name for name, module in network.named_modules() if isinstance(module, SONA)]
-    if not places:
-        raise DataError("the network has no SONA module to time")
-    for name in places:
-        without.set_submodule(name, nn.Identity())
+def print_times(network: SONANet, height: int, width: int, runs: int = 10) -> None:
+    """Milliseconds of a forward pass with the SONA modules and without: of one image (Sec. 3.5), and of 32."""
     device = next(network.parameters()).device
+    without = SONANet(1, "none").to(device, memory_format=torch.channels_last).eval()  # any weights take the same time
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    print(f"{height} x {width} pixels{'with SONA, ms':>22}{'without, ms':>20}{'ratio':>10}")
+    print(f"{f'{height} x {width}':<13}{'with SONA, ms':>19}{'without, ms':>19}{'ratio':>9}")
     for batch in (1, 32):
         images = torch.randn(batch, 3, height, width, device=device).to(memory_format=torch.channels_last)
-        times = np.empty((runs, 2))
-        for run in range(-3, runs):  # both in turn, as a machine's speed drifts; three to warm up
-            for i, variant in enumerate((network, without)):
+        times = []
+        for _ in range(3 + runs):  # three to warm up; both in turn, as a machine's speed drifts
+            for variant in (network, without):
                 wait()
                 start = time.perf_counter()
                 variant(images)
                 wait()
-                times[run, i] = 1000 * (time.perf_counter() - start)
-        (mean, other), (deviation, others) = times.mean(0), times.std(0)
-        cells = f"{mean:13.2f} +- {deviation:5.2f}{other:12.2f} +- {others:5.2f}{mean / other:10.3f}"
-        print(f"{batch:>2} image{'s' if batch > 1 else ' '}{cells:>60}")
+                times.append(1000 * (time.perf_counter() - start))
+        times = np.reshape(times, (-1, 2))[3:]
+        mean, deviation = times.mean(0), times.std(0)
+        cells = "".join(f"{m:>10.2f} +- {d:5.2f}" for m, d in zip(mean, deviation, strict=True))
+        print(f"{batch:>2} at a time {cells}{mean[0] / mean[1]:>9.3f}")
 
 
-POINTS = {  # Fig. 3's reference points, as shares of height and width
+POINTS = {  # reference points like those of Fig. 3, as shares of height and width
     "head": (0.1, 0.5),
     "torso": (0.33, 0.5),
     "legs": (0.7, 0.45),
@@ -255,20 +237,19 @@ POINTS = {  # Fig. 3's reference points, as shares of height and width
 def draw_attention(network: SONANet, paths: list[str], height: int, width: int) -> Image.Image:
     """Fig. 3: a row an image, a column a point of POINTS (green); red, the fifth of the map it attends to most.
 
-    Of several SONA modules it shows the first. Raises DataError where there is none.
+    Of several SONA modules it shows the first.
     """
-    sona = next((module for module in network.modules() if isinstance(module, SONA)), None)
-    if sona is None:
-        raise DataError("the network has no SONA module, whose attention could be drawn")
+    sona = next(module for module in network.modules() if isinstance(module, SONA))
+    device = next(network.parameters()).device
     inputs = []
     hook = sona.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     tiles = []
     for path, (pixels, _) in zip(paths, ImageDataset(paths, height, width), strict=True):
-        network(normalize(pixels[None].to(next(network.parameters()).device)))
+        network(normalize(pixels[None].to(device)))
         x = inputs.pop()
         rows, columns = x.shape[2:]
         attention = sona.attention(x)[0].cpu().view(rows, columns, rows, columns)
-        image = read_image(path).resize(TILE, Image.Resampling.BICUBIC)
+        image = thumbnail(path)
         red = Image.new("RGB", TILE, "red")
         tiles.append(tile(image, "white", Path(path).stem[:15]))
         for name, (top, left) in POINTS.items():
@@ -313,51 +294,50 @@ def draw_ranking(
     tiles = []
     for i in chosen:
         precision = f"\nAP {100 * ranking.average_precisions[i]:.1f}" if ranking else ""
-        tiles.append(tile(read_image(query.paths[i]), "#3060c0", label(query, i) + precision))
+        tiles.append(tile(thumbnail(query.paths[i]), "#3060c0", label(query, i) + precision))
         order, distances = nearest(i, query, gallery, features)
         for j, distance in zip(order, distances, strict=True):
             frame = "white" if not ranking else "#20a040" if gallery.ids[j] == query.ids[i] else "#d03030"
-            tiles.append(tile(read_image(gallery.paths[j]), frame, f"{label(gallery, j)}\n{distance:.2f}"))
+            tiles.append(tile(thumbnail(gallery.paths[j]), frame, f"{label(gallery, j)}\n{distance:.2f}"))
         tiles += [torch.full_like(tiles[0], 255)] * (10 - len(order))
     if ranking is None:
         return sheet(tiles, 11, "each query (blue) with its ten nearest images, and the distance")
     title = "five queries at random, then the five of lowest AP (blue), each with its ten nearest images: green the "
-    rows, curve = sheet(tiles, 11, title + "same person, red another; below, the distance"), draw_cmc(ranking)
-    picture = Image.new("RGB", (rows.width + curve.width, max(rows.height, curve.height)), "white")
-    picture.paste(rows)
-    picture.paste(curve, (rows.width, 0))
+    picture = sheet(tiles, 11, title + "same person, red another; below, the distance")
+    picture = ImageOps.expand(picture, (0, 0, 420, 0), "white")
+    picture.paste(draw_cmc(ranking), (picture.width - 420, 0))
     return picture
 
 
 def draw_cmc(ranking: Ranking) -> Image.Image:
-    """The CMC curve up to rank 20."""
+    """The CMC curve up to rank 20, 420 x 380 pixels."""
     image = Image.new("RGB", (420, 380), "white")
     draw = ImageDraw.Draw(image)
 
-    def at(rank: float, share: float) -> tuple[float, float]:
-        return 60 + 320 * (rank - 1) / 19, 330 - 280 * share
+    def at(rank: float, percent: float) -> tuple[float, float]:
+        return 60 + 320 * (rank - 1) / 19, 330 - 2.8 * percent
 
     for percent in range(0, 101, 20):
-        draw.line((at(1, percent / 100), at(20, percent / 100)), "#d0d0d0")
-        draw.text((52, at(1, percent / 100)[1]), f"{percent} %", "black", font_size=13, anchor="rm")
+        draw.line((at(1, percent), at(20, percent)), "#d0d0d0")
+        draw.text((52, at(1, percent)[1]), f"{percent} %", "black", font_size=13, anchor="rm")
     for rank in (1, 5, 10, 15, 20):
-        draw.line((at(rank, 0), at(rank, 1)), "#d0d0d0")
+        draw.line((at(rank, 0), at(rank, 100)), "#d0d0d0")
         draw.text((at(rank, 0)[0], 338), str(rank), "black", font_size=13, anchor="mt")
-    draw.line([at(rank, share) for rank, share in enumerate(ranking.cmc[:20], 1)], "#3060c0", width=3)
-    draw.text(
-        (60, 8), f"queries with a match up to a rank (CMC); mAP {100 * ranking.mean_ap:.2f}", "black", font_size=14
-    )
-    draw.text((220, 358), "rank", "black", font_size=13, anchor="mt")
+    draw.line([at(rank, 100 * share) for rank, share in enumerate(ranking.cmc[:20], 1)], "#3060c0", width=3)
+    draw.text((60, 8), f"queries with a match up to a rank; mAP {100 * ranking.mean_ap:.2f}", "black", font_size=14)
     return image
 
 
 TILE = (96, 192)  # width and height of an image on a sheet
 
 
+def thumbnail(path: str) -> Image.Image:
+    return TF.to_pil_image(TF.resize(read_image(path), TILE[::-1]))
+
+
 def tile(image: Image.Image, frame: str, text: str) -> Tensor:
-    """An image in a coloured frame with two lines of text below: (3, 236, 106) uint8."""
-    canvas = Image.new("RGB", (TILE[0] + 10, TILE[1] + 44), "white")
-    canvas.paste(ImageOps.expand(image.resize(TILE, Image.Resampling.BICUBIC), 5, frame))
+    """A thumbnail in a coloured frame with two lines of text below: (3, 236, 106) uint8."""
+    canvas = ImageOps.expand(ImageOps.expand(image, 5, frame), (0, 0, 0, 34), "white")
     ImageDraw.Draw(canvas).multiline_text((5, TILE[1] + 11), text, "black", font_size=12, spacing=2)
     return TF.pil_to_tensor(canvas)
 
@@ -365,8 +345,7 @@ def tile(image: Image.Image, frame: str, text: str) -> Tensor:
 def sheet(tiles: list[Tensor], columns: int, title: str) -> Image.Image:
     """Tiles in rows below a title."""
     grid = TF.to_pil_image(make_grid(tiles, columns, padding=4, pad_value=255))
-    image = Image.new("RGB", (grid.width, grid.height + 28), "white")
-    image.paste(grid, (0, 28))
+    image = ImageOps.expand(grid, (0, 28, 0, 0), "white")
     ImageDraw.Draw(image).text((9, 8), title, "black", font_size=14)
     return image
 
@@ -375,19 +354,16 @@ def sheet(tiles: list[Tensor], columns: int, title: str) -> Image.Image:
 # Command line; train.py uses these too
 
 
-def number(kind: type, minimum: float, maximum: float = 2**63 - 1) -> Callable[[str], float]:
+def number(kind: type, minimum: float, maximum: float = 10**9) -> Callable[[str], float]:
     """A type for argparse: an int or a float from minimum to maximum."""
 
     def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = kind(text)
         if not minimum <= value <= maximum:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {minimum:g} to {maximum:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {minimum:,} to {maximum:,}")
         return value
 
+    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
     return parse
 
 
@@ -399,6 +375,10 @@ def start_process() -> tuple[torch.device, int, int]:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise DataError(
+                f"no GPU {device.index}: this machine has {torch.cuda.device_count()}, lower --nproc_per_node"
+            )
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if "RANK" not in os.environ:
@@ -411,6 +391,7 @@ def start_process() -> tuple[torch.device, int, int]:
 
 def run_program(main: Callable[[], None], after_stop: str = "") -> None:
     """Run a program's main; bad input, SIGTERM and Ctrl-C end it with one line on standard error."""
+    sys.stdout.reconfigure(line_buffering=True)  # in a file, too, each epoch is to be seen when it ends
     name, rank, pid = Path(sys.argv[0]).name, int(os.environ.get("RANK", 0)), os.getpid()
 
     def stop(*_) -> None:
@@ -428,6 +409,8 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> None:
     except Exception as error:
         if rank > 0:
             time.sleep(5)  # the first process may be telling the cause; torchrun then ends this one
+        if isinstance(error, torch.OutOfMemoryError):
+            error = DataError("out of GPU memory; lower --ids-per-batch, or --height and --width")
         if not isinstance(error, DataError | WeightsError):
             raise
         message = str(error).splitlines()[-1]  # from a worker process its traceback comes first
@@ -441,7 +424,7 @@ class Parser(argparse.ArgumentParser):
         raise DataError(f"{message} (--help lists the flags)")
 
 
-# The settings that do not make another run: a resumed one may change them.
+# The settings that do not make another run: a resumed one may change them, and runs to average may differ in them.
 CHANGEABLE = {"data_dir", "output", "workers", "eval_every", "resume"}
 
 
@@ -474,16 +457,13 @@ def parse_args() -> argparse.Namespace:
     add("--time", action="store_true", help="only time the network with and without SONA, as in Sec. 3.5")
     add("--seed", type=number(int, 0), default=0, help="which queries the pictures show [%(default)s]")
     args = parser.parse_args()
-    if len(args.runs) > 1 and (args.query or args.ranking or args.features or args.attention or args.time):
-        parser.error("--query, --ranking, --features, --attention and --time take one RUN")
-    for flag, path, endings in (
-        ("--ranking", args.ranking, (".png", ".jpg")),
-        ("--attention", args.attention, (".png", ".jpg")),
-        ("--features", args.features, (".npz",)),
-    ):
-        if path and not path.endswith(endings):
-            parser.error(f"{flag} {path}: the name must end in {' or '.join(endings)}")
-    if bool(args.time) + bool(args.attention) + bool(args.ranking or args.features or args.gallery) > 1:
+    for path, ending in ((args.ranking, ".png"), (args.attention, ".png"), (args.features, ".npz")):
+        if path and not path.endswith(ending):
+            parser.error(f"{path}: the name must end in {ending}")
+    asked = [args.time, args.attention, args.ranking or args.features or args.gallery]
+    if len(args.runs) > 1 and any(asked):
+        parser.error("--ranking, --features, --attention, --time and --gallery take one RUN")
+    if sum(map(bool, asked)) > 1:
         parser.error("--time and --attention each go alone")
     if args.query and args.dataset:
         parser.error("--query stands instead of --dataset")
@@ -500,40 +480,43 @@ def main() -> None:
     for run, (_, other) in zip(args.runs, runs, strict=True):
         if differing := differences(settings, other, CHANGEABLE | {"seed"}):
             raise DataError(f"{args.runs[0]} and {run} are not runs of one configuration: {differing}")
+    if (args.time or args.attention) and not any(isinstance(module, SONA) for module in network.modules()):
+        raise DataError(f"{args.runs[0]} has no SONA module to time or to draw")
     size = {key: settings[key] for key in ("height", "width")}
     if args.time:
         print_times(network, **size)
         return
 
-    if args.query:
-        query, gallery = unlabelled(args.query, 0), unlabelled(images_in(args.gallery), 1)
-    else:
+    if not args.query:
         name = args.dataset or settings["dataset"]
         splits = load_dataset(name, args.data_dir or settings["data_dir"])
         query, gallery = splits["query"], splits["gallery"]
     if args.attention:
-        chosen = np.random.default_rng(args.seed).permutation(len(query.paths))[:8]
-        paths = args.query or [query.paths[i] for i in chosen]
+        paths = args.query or np.random.default_rng(args.seed).permutation(query.paths)[:8].tolist()
         if rank == 0:
             write(args.attention, draw_attention(network, paths, **size).save)
         return
 
     options = size | {"workers": args.workers, "amp": bf16_pays(device) if args.amp is None else args.amp}
     if args.query:
+        query, gallery = unlabelled(args.query, 0), unlabelled(images_in(args.gallery), 1)
         features, ranking = [extract_features(network, split.paths, **options) for split in (query, gallery)], None
         for i, path in enumerate(query.paths):
             print(path)
             for j, distance in zip(*nearest(i, query, gallery, features), strict=True):
                 print(f"{distance:10.3f}  {gallery.paths[j]}")
     else:
-        print(describe(name, splits), "\n")
+        print(describe(name, splits) + "\n")
         figures = []
         for run, (network, _) in zip(args.runs, runs, strict=True):
             features, ranking = evaluate(network, query, gallery, **options)
             figures.append(ranking.figures())
             print(f"{run:<22}  {summary(figures[-1])}")
         if len(runs) > 1:
-            for title, function in (("mean", np.mean), ("standard deviation", np.std)):
+            for title, function in (
+                ("mean", np.mean),
+                ("standard deviation", np.std),
+            ):  # of the population, as Table 2's
                 print(f"{title:<22}  {summary({key: function([f[key] for f in figures]) for key in figures[0]})}")
     if rank > 0:
         return
@@ -551,22 +534,20 @@ def unlabelled(paths: list[str], camera: int) -> Split:
     return Split(paths, np.full(len(paths), -1), np.full(len(paths), camera))
 
 
-def images_in(folder: str | None) -> list[str]:
+def images_in(folder: str) -> list[str]:
     """The image files of a folder and its subfolders. Raises DataError if it has none."""
-    if folder is None:
-        return []
-    paths = sorted(str(file) for file in Path(folder).rglob("*") if file.suffix.lower() in EXTENSIONS)
-    if not paths:
+    files = sorted(file for file in Path(folder).rglob("[!.]*") if file.suffix.lower() in EXTENSIONS)
+    if not files:
         raise DataError(f"{folder} is no folder with images ({', '.join(EXTENSIONS)})")
-    return paths
+    return list(map(str, files))
 
 
 def write(path: str, save: Callable[[str], None]) -> None:
     """Save a file and say so. Raises DataError."""
     try:
         save(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot write {path}: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
     print(f"wrote {path}")
 
 

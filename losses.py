@@ -16,8 +16,8 @@ def batch_hard_triplet_loss(embeddings: Tensor, labels: Tensor, margin: float | 
 
     embeddings (B, D) floats, labels (B,) integers; returns a scalar in float32 or wider, also inside
     autocast. With margin None the soft margin, mean of softplus(d_ap - d_an); with a number the hard
-    one, mean of relu(margin + d_ap - d_an). Distances are Euclidean, on embeddings as they are, not
-    normalised. An anchor alone in its identity is its own positive, at distance 0; in a batch of one
+    one, mean of relu(margin + d_ap - d_an). Not in the paper: the soft margin, on raw embeddings under
+    Euclidean distance. An anchor alone in its identity is its own positive, at distance 0; in a batch of one
     identity the soft loss is 0, as there is no triplet.
 
     Raises ValueError where the shapes do not fit.
@@ -44,24 +44,25 @@ def branch_losses(
     """The sum of both losses of both branches, to call backward on, and its parts, to log.
 
     outputs are the network's [(embedding (B, D), logits (B, classes)), ...], global branch first; labels
-    (B,). Label smoothing is Szegedy et al.'s (2016). The parts are detached scalars: the loss, and each
-    branch's triplet loss, cross-entropy and accuracy (the share of images whose identity it names).
+    (B,). The parts are detached scalars: the loss, and each branch's triplet loss, cross-entropy and
+    accuracy (the share of images whose identity it names). Not in the paper: smoothing 0.1 (Szegedy et
+    al. 2016), and weight 1 for each of the four losses.
 
-    Under DistributedDataParallel triplets are mined over the global batch, as DataParallel did for the
-    authors (Sec. 3.2). Each process back-propagates through its own embeddings only, so that the gradient
-    is the sum over the processes, while DDP takes their mean: hence the factor `processes`. Cross-entropy
-    is a mean over a process's own images, for which DDP's mean is right. The parts are without the factor.
+    Not in the paper, under DistributedDataParallel: triplets are mined over the whole batch, as by
+    DataParallel. Each process back-propagates through its own embeddings only, so that the gradient is the
+    sum over the processes, while DDP takes their mean: hence the factor `processes`. Cross-entropy is a
+    mean over a process's own images, for which DDP's mean is right. The parts are without the factor.
     """
     processes = dist.get_world_size() if dist.is_initialized() else 1
     all_labels = gather(labels)
     total, parts = 0, {"loss": 0}
     for branch, (embedding, logits) in zip(("global", "local"), outputs, strict=True):
-        triplet = batch_hard_triplet_loss(gather(embedding), all_labels, margin)
-        cross_entropy = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-        total = total + processes * triplet + cross_entropy
-        parts["loss"] = parts["loss"] + triplet.detach() + cross_entropy.detach()
-        parts[f"{branch}_triplet"] = triplet.detach()
-        parts[f"{branch}_cross_entropy"] = cross_entropy.detach()
+        of_all = {"triplet": batch_hard_triplet_loss(gather(embedding), all_labels, margin)}
+        of_own = {"cross_entropy": F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)}
+        total = total + processes * sum(of_all.values()) + sum(of_own.values())
+        for name, loss in (of_all | of_own).items():
+            parts["loss"] = parts["loss"] + loss.detach()
+            parts[f"{branch}_{name}"] = loss.detach()
         parts[f"{branch}_accuracy"] = (logits.argmax(1) == labels).float().mean()
     return total, parts
 

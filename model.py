@@ -22,16 +22,6 @@ from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.models.resnet import Bottleneck, ResNet
 
-PLACEMENTS = {  # where SONA stands: after stage 2, after stage 3, after stage 4 on a branch (Sec. 3.3, 3.4)
-    "none": (),
-    "2": ("stage2",),
-    "3": ("stage3",),
-    "2+3": ("stage2", "stage3"),
-    "4-global": ("global",),
-    "4-local": ("local",),
-    "4-both": ("global", "local"),
-}
-
 
 class WeightsError(ValueError):
     """Pretrained weights that cannot be had or do not fit; the message is one line for the user."""
@@ -49,17 +39,17 @@ class SONA(nn.Module):
     I - 11^T / d is idempotent: it takes from a vector its own mean. With theta_c = theta less its
     mean over channels, Sigma = theta_c theta_c^T / d, so Eq. 2 is scaled-dot-product attention with
     query = key = theta_c, value = g(x) and scale d^-1.5, which needs no (HW, HW) matrix in memory.
-
-    p starts at zero, so that SONA starts as the identity on pretrained features.
     """
 
     def __init__(self, channels: int, reduction: int = 2) -> None:
         super().__init__()
         reduced = channels // reduction  # d
         self.scale = reduced**-1.5  # 1 / d of Eq. 1 times 1 / sqrt(d) of Eq. 2
+        # Not in the paper: LeakyReLU's slope, 0.01; g and p bare.
         self.theta = nn.Sequential(nn.Conv2d(channels, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.LeakyReLU())
         self.g = nn.Conv2d(channels, reduced, 1)
         self.p = nn.Conv2d(reduced, channels, 1)
+        # Not in the paper: p starts at zero, so that SONA starts as the identity.
         nn.init.zeros_(self.p.weight)
         nn.init.zeros_(self.p.bias)
 
@@ -88,12 +78,23 @@ def tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2).contiguous()
 
 
-class DropBlockPlus(nn.Module):
-    """DropBlock with a block of its own height and width: (B, C, H, W) -> same (Sec. 2.1).
+PLACEMENTS = {  # what stands after stage 2, after stage 3, after stage 4 on a branch (Sec. 3.3, 3.4)
+    "none": {},
+    "2": {"stage2": SONA},
+    "3": {"stage3": SONA},
+    "2+3": {"stage2": SONA, "stage3": SONA},
+    "4-global": {"global": SONA},
+    "4-local": {"local": SONA},
+    "4-both": {"global": SONA, "local": SONA},  # not in the paper: a module for each branch
+}
 
-    drop_rate is the share of positions to drop (the gamma of Sec. 3.2), before blocks overlap. One mask
-    per image, shared by its channels; what is kept is rescaled so that the mask's mean is 1. A block
-    larger than the map is cut to it. Identity in eval mode.
+
+class DropBlockPlus(nn.Module):
+    """DropBlock with a block of its own height and width: (B, C, H, W) -> same (Sec. 2.1; defaults Sec. 3.2).
+
+    Not in the paper: gamma, drop_rate here, is the share of positions to drop, before blocks overlap (as a
+    seed rate it would drop nearly all of the map); one mask per image, shared by its channels, the rest
+    rescaled so that the mask's mean is 1. A block larger than the map is cut to it. Identity in eval mode.
     """
 
     def __init__(self, drop_rate: float = 0.1, block_height: int = 5, block_width: int = 8) -> None:
@@ -118,7 +119,7 @@ class DropBlockPlus(nn.Module):
 
 
 class BatchDropBlock(nn.Module):
-    """BFE's drop layer: one rectangle for the whole batch, (B, C, H, W) -> same (BL+BFE, Sec. 3.4).
+    """BFE's drop layer: one rectangle for a process's batch, (B, C, H, W) -> same (BL+BFE, Sec. 3.4).
 
     The ratios are the rectangle's height and width as shares of the map's. Identity in eval mode.
     """
@@ -130,24 +131,20 @@ class BatchDropBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        dropped_rows = self._random_interval(x.shape[2], self.height_ratio, x.device)
-        dropped_columns = self._random_interval(x.shape[3], self.width_ratio, x.device)
-        return x.masked_fill(dropped_rows[:, None] & dropped_columns, 0)
-
-    @staticmethod
-    def _random_interval(size: int, ratio: float, device: torch.device) -> Tensor:
-        """(size,) bool: True on a random run of round(ratio * size) positions."""
-        length = round(ratio * size)
-        start = torch.randint(size - length + 1, (1,), device=device)
-        position = torch.arange(size, device=device)
-        return (start <= position) & (position < start + length)
+        height, width = x.shape[2:]
+        rows, columns = round(self.height_ratio * height), round(self.width_ratio * width)
+        top = torch.randint(height - rows + 1, (1,), device=x.device)
+        left = torch.randint(width - columns + 1, (1,), device=x.device)
+        row, column = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
+        inside = (top <= row) & (row < top + rows) & (left <= column) & (column < left + columns)  # (H, W)
+        return x.masked_fill(inside, 0)
 
 
-DROPS = {  # the local branch's drop layer (Table 5)
-    "none": nn.Identity,  # BL
-    "dropblock": partial(DropBlockPlus, block_height=7, block_width=7),  # BL+DB
-    "dropblock+": DropBlockPlus,  # BL+DB+
-    "bfe": partial(BatchDropBlock, height_ratio=1 / 3, width_ratio=1),  # BL+BFE
+DROPS = {  # the local branch's drop layer: BL, BL+DB, BL+DB+ and BL+BFE (Table 5)
+    "none": nn.Identity,
+    "dropblock": partial(DropBlockPlus, block_height=7, block_width=7),  # not in the paper: 7 x 7
+    "dropblock+": DropBlockPlus,
+    "bfe": partial(BatchDropBlock, height_ratio=1 / 3, width_ratio=1),  # not in the paper: a third, full width
 }
 
 
@@ -174,7 +171,7 @@ class SONANet(nn.Module):
             raise ValueError(f"drop is {drop!r}; choose from {', '.join(DROPS)}")
 
         def sona_after(place: str, channels: int) -> nn.Module:
-            return SONA(channels) if place in PLACEMENTS[sona] else nn.Identity()
+            return PLACEMENTS[sona].get(place, nn.Identity)(channels)
 
         backbone = dilated_resnet50(weights)
         self.stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool)
@@ -184,6 +181,8 @@ class SONANet(nn.Module):
         self.sona3 = sona_after("stage3", 1024)
         self.stage4 = backbone.layer4
 
+        # Not in the paper: new layers have PyTorch's initialisation, classifiers weights from N(0, 0.001), so that the
+        # loss starts at ln(num_classes).
         self.global_branch = nn.Sequential(
             sona_after("global", 2048), nn.AdaptiveAvgPool2d(1), feature_reduction(2048, 512)
         )
@@ -197,7 +196,7 @@ class SONANet(nn.Module):
         self.global_classifier = nn.Linear(512, num_classes)
         self.local_classifier = nn.Linear(1024, num_classes)
         for classifier in (self.global_classifier, self.local_classifier):
-            nn.init.normal_(classifier.weight, std=0.001)  # so that the loss starts at ln(num_classes)
+            nn.init.normal_(classifier.weight, std=0.001)
             nn.init.zeros_(classifier.bias)
 
     def forward(self, images: Tensor) -> Tensor | list[tuple[Tensor, Tensor]]:
@@ -208,7 +207,7 @@ class SONANet(nn.Module):
         global_embedding = self.global_branch(x)  # (B, 512)
         local_embedding = self.local_branch(x)  # (B, 1024)
         if not self.training:
-            return torch.cat([global_embedding, local_embedding], 1)
+            return torch.cat([global_embedding, local_embedding], 1)  # Sec. 2.1
         return [
             (global_embedding, self.global_classifier(global_embedding)),
             (local_embedding, self.local_classifier(local_embedding)),
@@ -223,28 +222,24 @@ def feature_reduction(channels: int, reduced: int) -> nn.Sequential:
 def dilated_resnet50(weights: str | None = None) -> ResNet:
     """ResNet-50 whose stages 3 and 4 keep stage 2's map, of stride 8, by dilation (Sec. 2.1).
 
-    weights as in SONANet. Raises WeightsError.
+    weights as in SONANet. Raises WeightsError. Not in the paper: the dilation, 2 in stage 3 and 4 in stage 4.
     """
-    # From scratch it learns better when each residual block starts as the identity.
+    # Not in the paper: training without ImageNet weights, for which residual blocks start as the identity.
     network = resnet50(replace_stride_with_dilation=[False, True, True], zero_init_residual=weights is None)
     if weights is None:
         return network
-    if weights == "imagenet":
-        source = ResNet50_Weights.IMAGENET1K_V1
-        try:
-            state = source.get_state_dict(check_hash=True)
-        except Exception as error:  # no connection, a download cut short, a damaged file in the cache
-            raise WeightsError(
-                f"cannot download or read the ImageNet weights ({error}); fetch {source.url} elsewhere and pass "
-                "its path as weights, or train with none"
-            ) from error
-    else:
-        try:
+    imagenet = ResNet50_Weights.IMAGENET1K_V1  # not in the paper: which; these are of its time
+    try:
+        if weights == "imagenet":
+            state = imagenet.get_state_dict(check_hash=True, weights_only=True)
+        else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise WeightsError(f"cannot read the weights {weights}: {error.strerror}") from error
-        except Exception as error:  # what a damaged file raises depends on where it is damaged
-            raise WeightsError(f"{weights} is damaged or not a file of PyTorch weights") from error
+    except Exception as error:  # no file, no connection, a download cut short, a damaged file
+        reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or type(error).__name__
+        raise WeightsError(
+            f"cannot read the weights {weights}: {reason}; pass the path of a ResNet-50 state dict, "
+            f"as of {imagenet.url}, or train with none"
+        ) from error
     network.fc = nn.Identity()
     try:
         network.load_state_dict({name: value for name, value in state.items() if not name.startswith("fc.")})

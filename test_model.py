@@ -4,11 +4,13 @@ In the order of the files: the network, the losses, the data, the schedule, the 
 """
 
 import contextlib
+import inspect
 import json
 import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,7 +210,10 @@ def test_stages_3_and_4_keep_the_map_of_stage_2():
     ]
 
 
-@pytest.mark.parametrize("sona", PLACEMENTS)
+SONAS = ["none", "2", "3", "2+3", "4-global", "4-local", "4-both"]
+
+
+@pytest.mark.parametrize("sona", SONAS)
 def test_every_placement_of_sona_has_its_shapes_and_parameters(sona):
     network = SONANet(10, sona)
     outputs = network(torch.randn(2, 3, 64, 32))
@@ -235,7 +240,7 @@ def test_every_placement_of_sona_has_its_shapes_and_parameters(sona):
 def test_sona_stands_where_its_name_says():
     images = torch.randn(2, 3, 64, 32)
     stage = {"2": "stage2", "3": "stage3"}
-    for sona in PLACEMENTS:
+    for sona in SONAS:
         network = SONANet(10, sona).eval()
         before = network(images)
         shapes = shapes_of(network, [network.stage2, network.sona2, network.stage3, network.sona3], images)
@@ -531,7 +536,7 @@ def test_the_counts_are_those_of_table_1():
         "cuhk03-detected": {"train": (7365, 767), "query": (1400, 700), "gallery": (5332, 700)},
         "dukemtmc": {"train": (16522, 702), "query": (2228, 702), "gallery": (17661, 1110)},
     }
-    assert {name: source.counts for name, source in DATASETS.items() if name != "toy"} == table_1
+    assert {name: DATASETS[name].counts for name in table_1} == table_1
 
 
 @pytest.mark.parametrize(
@@ -615,11 +620,22 @@ def test_images_of_any_mode_load_as_rgb(tmp_path):
     }
     for name, image in modes.items():
         image.save(tmp_path / name, quality=95)
-        loaded = np.asarray(data.read_image(tmp_path / name), int)
+        loaded = data.read_image(tmp_path / name).permute(1, 2, 0).numpy().astype(int)
         assert loaded.shape == (8, 8, 3), name
         expected = rgb if name[:3] in ("RGB", "P.p", "CMY") else grey[..., None]
         if name != "1.png":
             assert np.abs(loaded - expected).mean() < 12, name
+
+
+def test_a_photo_that_lies_on_its_side_is_set_upright(tmp_path):
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, 8:] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned clockwise
+    Image.fromarray(pixels).save(tmp_path / "phone.jpg", exif=exif)
+    image = data.read_image(tmp_path / "phone.jpg")
+    assert image.shape == (3, 16, 8)
+    assert (image[:, :7] < 50).all() and (image[:, 9:] > 200).all()
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):
@@ -711,7 +727,7 @@ def test_processes_share_the_same_global_batch():
     whole = list(IdentitySampler(LABELS, 4, 2, seed=3))
     shares = [list(IdentitySampler(LABELS, 4, 2, seed=3, rank=rank, world_size=2)) for rank in range(2)]
     assert [first + second for first, second in zip(*shares, strict=True)] == whole
-    with pytest.raises(ValueError, match="3 processes cannot share 4"):
+    with pytest.raises(DataError, match="4 cannot be shared among 3 processes"):
         IdentitySampler(LABELS, 4, 2, world_size=3)
 
 
@@ -735,8 +751,7 @@ def test_the_toy_is_not_solved_by_colour(tmp_path):
     splits = load_dataset("toy", tmp_path)
 
     def histogram(path):
-        pixels = np.asarray(data.read_image(path))
-        return np.concatenate([np.histogram(pixels[..., c], 8, (0, 256))[0] for c in range(3)])
+        return np.concatenate([np.histogram(channel, 8, (0, 256))[0] for channel in data.read_image(path)])
 
     query, gallery = splits["query"], splits["gallery"]
     features = [np.stack([histogram(path) for path in split.paths]) for split in (query, gallery)]
@@ -935,12 +950,11 @@ def test_attention_is_drawn_red_where_the_green_point_attends(monkeypatch, tmp_p
             assert tuple(tile[int(5 + 192 * top), int(5 + 96 * left)]) == (0x20, 0xE0, 0x40)
 
 
-def test_a_network_without_sona_has_no_attention_to_draw_or_time():
-    network = SONANet(4, "none").eval()
-    with pytest.raises(DataError, match="no SONA module, whose attention"):
-        evaluate.draw_attention(network, [], 64, 32)
-    with pytest.raises(DataError, match="no SONA module to time"):
-        evaluate.print_times(network, 64, 32)
+@pytest.mark.parametrize("flags", [["--time"], ["--attention", "a.png"]])
+def test_a_network_without_sona_has_no_attention_to_draw_or_time(monkeypatch, flags):
+    monkeypatch.setattr(evaluate, "load_run", lambda *_: (SONANet(4, "none"), {"dataset": "toy"}))
+    with pytest.raises(DataError, match="runs/bl has no SONA module to time or to draw"):
+        run_main(monkeypatch, evaluate, "runs/bl", *flags)
 
 
 def test_the_ranking_sheet_frames_true_matches_green_and_false_ones_red(tmp_path):
@@ -1100,7 +1114,7 @@ def test_evaluate_prints_the_runs_own_figures(run):
 def test_evaluation_under_torchrun_gives_the_figures_of_one_process(market, run):
     output, done = run
     arguments = ["--data-dir", market[market.index("--data-dir") + 1], "--workers", 0, "--no-amp"]
-    evaluated = program("evaluate.py", output, *arguments, torchrun=4)  # 6 queries: some processes have one more
+    evaluated = program("evaluate.py", output, *arguments, torchrun=4)  # 6 queries: the last process begins again
     assert done.stdout.split("trained    ")[-1].splitlines()[0].strip() in evaluated.stdout
 
 
@@ -1236,6 +1250,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, market, tmp_path):
     assert not (tmp_path / "last.pt").exists()
 
 
+def test_a_collapsed_run_is_told_once_from_the_end_of_the_warm_up(monkeypatch, market, tmp_path, capsys):
+    branch = {"triplet": math.log(2), "cross_entropy": math.log(4), "accuracy": 0.25}
+    parts = {f"{name}_{key}": value for name in ("global", "local") for key, value in branch.items()}
+    monkeypatch.setattr(train, "train_epoch", lambda *_: parts | {"loss": 2 * (math.log(2) + math.log(4))})
+    arguments = [*market[1:], "--epochs", 16, "--eval-every", 0, "--workers", 0, "--output", tmp_path]
+    run_main(monkeypatch, train, *arguments)
+    lines = capsys.readouterr().out.splitlines()
+    (note,) = [i for i, line in enumerate(lines) if "collapsed to one embedding" in line]
+    assert lines[note - 1].split()[0] == "2"  # of 16 epochs, two are warm-up
+
+
 def parsed(monkeypatch, market, output):
     monkeypatch.setattr(sys, "argv", [*map(str, market), "--output", str(output), "--resume"])
     return train.parse_args()
@@ -1308,6 +1333,7 @@ def test_your_own_photos_are_ranked(run, tmp_path):
     for person in range(3):
         (tmp_path / "album" / f"{person}").mkdir(parents=True)
         data.draw_pedestrian(person, 1, 0).save(tmp_path / "album" / f"{person}" / "a b.jpg")
+    (tmp_path / "album/1/._a b.jpg").touch()  # as a Mac leaves them
     query = tmp_path / "album/1/a b.jpg"
     done = program("evaluate.py", output, "--query", query, "--gallery", tmp_path / "album", "--workers", 0)
     asked, *found, wrote = done.stdout.splitlines()
@@ -1369,3 +1395,32 @@ def test_the_compiled_network_is_one_graph_with_the_same_losses():
         torch.manual_seed(1)
         losses.append(branch_losses(network(images), labels)[0].item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Copying
+
+
+@pytest.mark.parametrize(
+    "file, use",
+    [
+        ("model.py", "assert SONANet(5).eval()(torch.rand(1, 3, 64, 32)).shape == (1, 1536)"),
+        ("losses.py", "assert batch_hard_triplet_loss(torch.eye(4), torch.tensor([0, 0, 1, 1])) > 0"),
+        ("data.py", "assert len(list(IdentitySampler(load_dataset('toy', '.')['train'].labels))) == 2"),
+    ],
+)
+def test_a_file_works_when_copied_alone(tmp_path, file, use):
+    shutil.copy(HERE / file, tmp_path)
+    run_alone(f"from {file[:-3]} import *\n{use}", tmp_path)
+
+
+def test_the_ranking_works_when_copied_alone_with_numpy(tmp_path):
+    source = "".join(map(inspect.getsource, (evaluate.Ranking, evaluate_ranking)))
+    ranking = "evaluate_ranking(np.eye(2), np.eye(2), [1, 2], [1, 2], [1, 1], [2, 2])"
+    imports = "import sys\nfrom typing import NamedTuple\nimport numpy as np\n"
+    run_alone(f"{imports}{source}assert {ranking}.mean_ap == 1 and 'torch' not in sys.modules", tmp_path)
+
+
+def run_alone(code, folder):
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

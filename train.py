@@ -1,4 +1,4 @@
-"""Train SONA-Net.
+"""Train SONA-Net (Xia et al., ICCV 2019).
 
 Usage:
     python train.py                                                       # the toy, on any machine
@@ -38,12 +38,12 @@ def learning_rate(epoch: int, epochs: int = 400, peak: float = 1e-3) -> float:
     Of 400 epochs: a tenth of the peak, and a tenth more every 5 epochs of the first 50; the peak until
     200, a tenth of it until 300 and a hundredth to the end. Other numbers of epochs run the same course.
     """
-    epoch = epoch * 400 // epochs
-    if epoch < 50:
-        return peak * (1 + epoch // 5) / 10
-    if epoch < 200:
+    of_400 = epoch * 400 // epochs
+    if of_400 < 50:
+        return peak * (1 + of_400 // 5) / 10
+    if of_400 < 200:
         return peak
-    return peak / 10 if epoch < 300 else peak / 100
+    return peak / 10 if of_400 < 300 else peak / 100
 
 
 def parse_args() -> argparse.Namespace:
@@ -55,12 +55,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="toy", help="what to train on; the toy is drawn on first use")
     add("--data-dir", default="datasets", help="where the data sets' folders lie [%(default)s]")
-    add(
-        "--height",
-        type=number(int, 16, 4096),
-        default=384,
-        help="pixels; smaller is faster, sees less [%(default)s]",
-    )
+    add("--height", type=number(int, 16, 4096), default=384, help="pixels; fewer are faster [%(default)s]")
     add("--width", type=number(int, 16, 4096), default=128, help="pixels [%(default)s]")
     add("--workers", type=number(int, 0, 256), default=WORKERS, help="processes to read images, per GPU [%(default)s]")
 
@@ -91,10 +86,7 @@ def parse_args() -> argparse.Namespace:
         parser.set_defaults(**TOY)
     args = parser.parse_args()
     args.output = args.output or f"runs/{args.dataset}"
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if args.ids_per_batch % processes:
-        parser.error(f"--ids-per-batch {args.ids_per_batch} cannot be shared among {processes} processes alike")
-    if args.ids_per_batch // processes * args.images_per_id < 2:
+    if args.ids_per_batch * args.images_per_id < 2 * int(os.environ.get("WORLD_SIZE", 1)):
         parser.error("one image per process cannot be normalised; raise --ids-per-batch or --images-per-id")
     if args.sync_bn and not torch.cuda.is_available():
         parser.error("--sync-bn needs GPUs")
@@ -109,15 +101,16 @@ def main() -> None:
     if not resumed and (checkpoint_path.exists() or (output / "model.pt").exists()):
         hint = "its last.pt is gone:" if args.resume else "go on with it by --resume, or"
         raise DataError(f"{output} holds a run; {hint} choose another folder by --output")
+    args.amp = bf16_pays(device) if args.amp is None else args.amp  # a setting of the run, resumed wherever it may be
     splits = load_dataset(args.dataset, args.data_dir)
     train = splits["train"]
     labels = train.labels.to(device)
     num_classes = int(labels.max()) + 1
+    sampler = IdentitySampler(train.labels, args.ids_per_batch, args.images_per_id, args.seed, rank, processes)
     torch.manual_seed(args.seed)
     # DDP copies the first process's network to the others, and a checkpoint has its own weights.
     needs_weights = args.weights != "none" and rank == 0 and not resumed
     network = SONANet(num_classes, args.sona, args.drop, args.weights if needs_weights else None)
-    sampler = IdentitySampler(train.labels, args.ids_per_batch, args.images_per_id, args.seed, rank, processes)
     loader = DataLoader(
         ImageDataset(train.paths, args.height, args.width),
         batch_sampler=sampler,
@@ -130,15 +123,14 @@ def main() -> None:
     if args.sync_bn:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device, memory_format=torch.channels_last)
+    # Sec. 3.2. Not in the paper: weight decay 5e-4, as Adam's L2 term.
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, weight_decay=5e-4, fused=True)
-    amp = bf16_pays(device) if args.amp is None else args.amp
     untrained, history = None, []  # evaluation of the untrained network; a record for each epoch
     if resumed:
         untrained, history = load_checkpoint(checkpoint_path, vars(args), num_classes, network, optimizer)
-    # Nodes without a common folder would go on from different epochs.
-    epochs_seen = gather(torch.tensor([len(history)], device=device))
-    if epochs_seen.min() < epochs_seen.max():
-        raise DataError(f"not all processes find the same checkpoint; {output} must be a folder that all nodes share")
+    found = gather(torch.tensor([[len(history), len(train.paths)]], device=device))  # (processes, 2)
+    if (found != found[0]).any():
+        raise DataError(f"the nodes do not find the same checkpoint or data; they must share {output} and the data")
     if args.compile:
         network.compile()
     model = DistributedDataParallel(network) if processes > 1 else network
@@ -147,21 +139,20 @@ def main() -> None:
     parameters = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     print(
         f"SONA {args.sona}, drop {args.drop}: {parameters:.1f} M parameters, {args.height} x {args.width}, "
-        f"{processes} x {device.type}, {'bf16' if amp else 'float32'}\n"
+        f"{processes} x {device.type}, {'bf16' if args.amp else 'float32'}\n"
     )
     if rank == 0:
         try:
             output.mkdir(parents=True, exist_ok=True)
-            for scratch in output.glob("*.tmp"):  # of a run that was killed
-                scratch.unlink()
+            (output / "log.jsonl").touch()
         except OSError as error:
             raise DataError(f"cannot write to {output}: {error.strerror}; choose another folder by --output") from error
 
     def measure() -> dict[str, float]:
-        if processes > 1:  # each normalises its own images: as DataParallel does, keep the first one's statistics
+        if processes > 1:  # not in the paper: batch norm of each its own images; kept are the first one's statistics
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
-        options = {"height": args.height, "width": args.width, "workers": args.workers, "amp": amp}
+        options = {"height": args.height, "width": args.width, "workers": args.workers, "amp": args.amp}
         return evaluate(network, splits["query"], splits["gallery"], **options)[1].figures()
 
     about = {"num_classes": num_classes, "settings": vars(args)}  # what rebuilds the network
@@ -176,7 +167,7 @@ def main() -> None:
         untrained = measure()
         print(f"untrained    {summary(untrained)}\n")
     print(f"{'global branch':>32}{'local branch':>22}")
-    print(f"epoch    loss{'  triplet  x-ent  acc%' * 2}       lr  img/s  left")
+    print(f"epoch    loss{' triplet  x-ent    acc' * 2}       lr  img/s  left")
     for epoch in range(len(history), args.epochs):
         seed_epoch(args.seed, epoch, rank)
         sampler.set_epoch(epoch)
@@ -184,7 +175,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         start = time.perf_counter()
-        parts = train_epoch(model, loader, labels, optimizer, args.margin, amp)
+        parts = train_epoch(model, loader, labels, optimizer, args.margin, args.amp)
         seconds = time.perf_counter() - start
         if not math.isfinite(parts["loss"]):
             raise DataError(
@@ -192,18 +183,17 @@ def main() -> None:
                 "Start anew with a lower --lr, or with --no-amp"
             )
         images_per_second = len(loader) * args.ids_per_batch * args.images_per_id / seconds
-        minutes = seconds * (args.epochs - epoch - 1) / 60
-        print(
-            f"{epoch:>5}{parts['loss']:>8.3f}"
-            + "".join(
-                f"{parts[f'{branch}_triplet']:>9.3f}{parts[f'{branch}_cross_entropy']:>7.3f}"
-                f"{100 * parts[f'{branch}_accuracy']:>6.1f}"
-                for branch in ("global", "local")
-            )
-            + f"{lr:>9.1e}{images_per_second:>7.0f}{f'{minutes / 60:.1f}h' if minutes >= 60 else f'{minutes:.1f}m':>6}"
+        hours = seconds * (args.epochs - epoch - 1) / 3600
+        left = f"{hours:.1f}h" if hours >= 1 else f"{60 * hours:.1f}m"
+        cells = "".join(
+            f"{parts[f'{branch}_triplet']:>8.3f}{parts[f'{branch}_cross_entropy']:>7.3f}"
+            f"{parts[f'{branch}_accuracy']:>7.1%}"
+            for branch in ("global", "local")
         )
-        told = history and collapsed(history[-1], num_classes, args.margin)
-        if epoch >= args.epochs // 8 and not told and collapsed(parts, num_classes, args.margin):  # warm-up is over
+        print(f"{epoch:>5}{parts['loss']:>8.3f}{cells}{lr:>9.1e}{images_per_second:>7.0f}{left:>6}")
+        warm_up = args.epochs // 8
+        already_told = epoch > warm_up and collapsed(history[-1], num_classes, args.margin)
+        if epoch >= warm_up and not already_told and collapsed(parts, num_classes, args.margin):
             print("  note: collapsed to one embedding for all images; lower --lr or change --seed")
         record = {"epoch": epoch, "lr": lr, **parts, "images_per_second": images_per_second}
         if args.eval_every and (epoch + 1) % args.eval_every == 0 and epoch + 1 < args.epochs:
@@ -245,7 +235,7 @@ def train_epoch(
     for step, (images, indices) in enumerate(loader, 1):
         images = augment(images.to(labels.device, non_blocking=True))
         targets = labels[indices.to(labels.device, non_blocking=True)]
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=amp):
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=amp):  # not in the paper; losses in float32
             outputs = model(images)
         loss, parts = branch_losses(outputs, targets, margin)
         optimizer.zero_grad()
@@ -268,11 +258,11 @@ def collapsed(parts: dict[str, float], num_classes: int, margin: float | None = 
     Each branch's cross-entropy is then ln(num_classes) and its triplet loss ln 2 (or the hard margin), their
     sum 14.63 for Market-1501's 751 identities, and stays there.
     """
-    rest = {"triplet": math.log(2) if margin is None else margin, "cross_entropy": math.log(num_classes)}
+    expected = {"triplet": math.log(2) if margin is None else margin, "cross_entropy": math.log(num_classes)}
     return all(
         abs(parts[f"{branch}_{name}"] - value) < 0.01 * value
         for branch in ("global", "local")
-        for name, value in rest.items()
+        for name, value in expected.items()
     )
 
 
@@ -284,7 +274,7 @@ def serialized(state: dict) -> memoryview:
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that at any moment path holds a whole one, the former or this. Raises DataError."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    scratch = path.with_name(f"{path.name}.tmp")
     try:
         with open(scratch, "wb") as file:
             file.write(content)

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -286,14 +287,16 @@ def draw_toy(folder: Path) -> None:
 
     Drawn beside the folder and renamed, so that it is whole or not there.
     """
-    scratch = folder.with_name(f"toy.{os.getpid()}.tmp")
     try:
-        for name in FOLDERS.values():
-            (scratch / name).mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix="toy-", dir=folder.parent))
     except OSError as error:
         raise DataError(
             f"cannot draw the toy in {folder.parent}: {error.strerror}; choose another --data-dir"
         ) from error
+    scratch.chmod(0o755)  # mkdtemp's are the user's alone
+    for name in FOLDERS.values():
+        (scratch / name).mkdir()
 
     def draw(split: str, identity: int, person: int, camera: int, image: int) -> None:
         name = f"{identity:04d}_c{camera}_{person:04d}_{image}.png"

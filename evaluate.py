@@ -71,9 +71,8 @@ def evaluate_ranking(
     """
     dtype = np.result_type(query_features, gallery_features, np.float32)
     query_features, gallery_features = (np.asarray(x, dtype) for x in (query_features, gallery_features))
-    query_ids, gallery_ids, query_cams, gallery_cams = map(
-        np.asarray, (query_ids, gallery_ids, query_cams, gallery_cams)
-    )
+    query_ids, gallery_ids = np.asarray(query_ids), np.asarray(gallery_ids)
+    query_cams, gallery_cams = np.asarray(query_cams), np.asarray(gallery_cams)
     shapes = query_features.shape, gallery_features.shape
     if query_features.ndim != 2 or shapes[0][1:] != shapes[1][1:] or not len(gallery_features):
         raise ValueError(f"the features must be (N, D), with one D and N > 0, not {shapes[0]} and {shapes[1]}")
@@ -85,7 +84,7 @@ def evaluate_ranking(
             raise ValueError(f"{side}: {len(features)} features, but ids {ids.shape} and cams {cams.shape}")
 
     # Distances are the same from any origin; far from 0, where products cancel, one of the images is a good one.
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         query_features, gallery_features = query_features - gallery_features[0], gallery_features - gallery_features[0]
         query_norms, half_norms = (np.einsum("nd,nd->n", x, x) / 2 for x in (query_features, gallery_features))
     if not (np.isfinite(query_norms).all() and np.isfinite(half_norms).all()):
@@ -133,7 +132,7 @@ def bf16_pays(device: torch.device) -> bool:
     """Whether bf16 autocast is a gain on the device: on GPUs that have it, on CPUs with matrix units for it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # CAPVER
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # not in torch 2.9
     return device.type == "cpu" and bool(capabilities().get("amx_bf16"))
 
 

@@ -337,11 +337,14 @@ def test_weights_from_a_file(tmp_path, resnet_state, with_fc):
 
 def test_imagenet_weights_are_torchvisions_first(monkeypatch, resnet_state):
     asked = []
-    monkeypatch.setattr(
-        ResNet50_Weights, "get_state_dict", lambda self, *_, **__: asked.append(self.name) or resnet_state
-    )
+
+    def get_state_dict(self, check_hash, weights_only):
+        asked.append((self.name, check_hash, weights_only))
+        return resnet_state
+
+    monkeypatch.setattr(ResNet50_Weights, "get_state_dict", get_state_dict)
     assert_backbone_is(SONANet(10, weights="imagenet"), resnet_state)
-    assert asked == ["IMAGENET1K_V1"]
+    assert asked == [("IMAGENET1K_V1", True, True)]
 
 
 def test_imagenet_weights_without_a_network_say_where_to_get_them(monkeypatch):
@@ -387,8 +390,9 @@ def triplet_by_brute_force(embeddings, labels, margin):
 
 @pytest.mark.parametrize("margin", [None, 0.3, 2.0])
 def test_triplet_loss_and_its_gradient_are_those_of_brute_force(margin):
-    embeddings = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 1, 2, 3] * 3)
+    apart = torch.tensor([0, 0, 9, 18])[labels, None]  # two identities that lie among each other, two that do not
+    embeddings = (torch.randn(12, 5, dtype=torch.float64) + apart).requires_grad_()
     ours, theirs = (f(embeddings, labels, margin) for f in (batch_hard_triplet_loss, triplet_by_brute_force))
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(loss, embeddings)[0] for loss in (ours, theirs)))

@@ -49,7 +49,7 @@ def learning_rate(epoch: int, epochs: int = 400, peak: float = 1e-3) -> float:
 def parse_args() -> argparse.Namespace:
     parser = Parser(
         description="Train SONA-Net. Defaults, in brackets, are the paper's (Sec. 3.2); the toy has its own: "
-        + ", ".join(f"{key} {value}" for key, value in TOY.items())
+        + ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in TOY.items())
         + "."
     )
     add = parser.add_argument_group("data").add_argument

@@ -12,9 +12,9 @@ Usage:
 import math
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -86,9 +86,11 @@ class Split(NamedTuple):
 def load_dataset(name: str, data_dir: str | Path) -> dict[str, Split]:
     """The train, query and gallery split of a set of DATASETS that lies under data_dir.
 
-    The toy is drawn on first use. Raises DataError where the set is missing, empty, nested in a
+    The toy is drawn on first use. Raises DataError where the set is unknown, missing, empty, nested in a
     further folder, or holds an image whose name does not parse.
     """
+    if name not in DATASETS:
+        raise DataError(f"no data set is named {name}; choose from {', '.join(DATASETS)}")
     candidates = [Path(data_dir, folder) for folder in DATASETS[name].folders]
     if name == "toy" and not candidates[0].exists():
         draw_toy(candidates[0])
@@ -168,7 +170,8 @@ def read_image(path: str | Path) -> Tensor:
     """An image file as (3, H, W) uint8 RGB, whatever its own mode. Raises DataError naming the file."""
     try:
         with Image.open(path) as image:
-            ImageOps.exif_transpose(image, in_place=True)  # a phone's photo may lie on its side
+            with suppress(Exception):  # of broken EXIF data; a broken picture fails below, too
+                ImageOps.exif_transpose(image, in_place=True)  # a phone's photo may lie on its side
             if image.mode.startswith("I"):  # 16-bit grey, which convert would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode == "P":  # with transparency Pillow wants this step
@@ -184,9 +187,9 @@ def normalize(images: Tensor) -> Tensor:
     return images.float().sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 
 
-@cache  # copied to a device once: at a copy in each batch a GPU would wait
+@cache  # copying it for each batch would make a GPU wait
 def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of RGB in [0, 255], each (3, 1, 1)."""
+    """Mean and standard deviation of RGB in [0, 255], each (3, 1, 1). Not in the paper: ImageNet's."""
     mean, std = torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)]) * 255
     return mean[:, None, None].to(device), std[:, None, None].to(device)
 
@@ -196,7 +199,7 @@ def augment(images: Tensor) -> Tensor:
 
     On whole batches, where the network is: workers pass on a quarter of the bytes and need no random state.
     """
-    flipped = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    flipped = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5  # not in the paper: half of the images
     return cutout(normalize(torch.where(flipped, images.flip(3), images)))
 
 
@@ -204,8 +207,8 @@ def cutout(images: Tensor, probability: float = 0.5) -> Tensor:
     """Cutout: (B, C, H, W) normalised floats, in place (Sec. 3.2).
 
     Not in the paper: probability 0.5, one 64 x 64 square inside the image, 0 after normalisation; at other
-    sizes than 384 x 128 the same share of the area, 1/12. (RandomErasing does the same to one image at a
-    time, at which a GPU would wait for each.)
+    sizes than 384 x 128 the same share of the area, 1/12. (RandomErasing works image by image, and a GPU
+    would wait each time.)
     """
     batch, _, height, width = images.shape
     side = min(round(math.sqrt(height * width / 12)), height, width)
@@ -264,7 +267,7 @@ class IdentitySampler:
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.images_of_id))
-        # Drawn for the other processes' identities too, so that all stay in step.
+        # Drawn for all identities, so that all processes use the same random numbers.
         images = [
             rng.choice(self.images_of_id[i], self.images_per_id, replace=len(self.images_of_id[i]) < self.images_per_id)
             for i in order
@@ -279,42 +282,34 @@ class IdentitySampler:
 
 COLOURS = "#b3282d #d98032 #d9c24a #3f7d4a #3b8f9c #2f4f96 #6d4a8c #c98aa2 #e6e3dc #8a8d90 #26262b #6b4a33".split()
 SKINS, HAIRS = "#f0c8a8 #c98f68 #8a5a3c #5a3a2a".split(), "#1c1815 #4a3122 #a8793f #9a9a96".split()
-TOY_CAMERAS = 4
 
 
 def draw_toy(folder: Path) -> None:
     """64 training identities of 4 cameras x 3 images; 50 others of 4 x 2, and 50 distractors (identity 0).
 
-    Drawn beside the folder and renamed, so that it is whole or not there.
+    Drawn in a folder of its own and moved, so that it is whole or not there. Raises DataError.
     """
+    cameras = range(1, 5)
+    images = [("train", person, person, camera, i) for camera in cameras for person in range(1, 65) for i in range(3)]
+    for camera in cameras:
+        for person in range(65, 115):
+            images += [("query", person, person, camera, 0), ("gallery", person, person, camera, 1)]
+    images += [("gallery", 0, person, 1 + person % 4, 0) for person in range(115, 165)]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix="toy-", dir=folder.parent))
+        with tempfile.TemporaryDirectory(prefix="toy-", dir=folder.parent) as scratch:
+            toy = Path(scratch, "toy")
+            for split in FOLDERS.values():
+                (toy / split).mkdir(parents=True)
+            for split, identity, person, camera, i in images:
+                name = f"{identity:04d}_c{camera}_{person:04d}_{i}.png"
+                draw_pedestrian(person, camera, i).save(toy / FOLDERS[split] / name)
+            with suppress(OSError):  # another process was faster
+                toy.rename(folder)
     except OSError as error:
         raise DataError(
             f"cannot draw the toy in {folder.parent}: {error.strerror}; choose another --data-dir"
         ) from error
-    scratch.chmod(0o755)  # mkdtemp's are the user's alone
-    for name in FOLDERS.values():
-        (scratch / name).mkdir()
-
-    def draw(split: str, identity: int, person: int, camera: int, image: int) -> None:
-        name = f"{identity:04d}_c{camera}_{person:04d}_{image}.png"
-        draw_pedestrian(person, camera, image).save(scratch / FOLDERS[split] / name)
-
-    for camera in range(1, TOY_CAMERAS + 1):
-        for person in range(1, 65):
-            for image in range(3):
-                draw("train", person, person, camera, image)
-        for person in range(65, 115):
-            draw("query", person, person, camera, 0)
-            draw("gallery", person, person, camera, 1)
-    for person in range(115, 165):
-        draw("gallery", 0, person, 1 + person % TOY_CAMERAS, 0)
-    try:
-        scratch.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(scratch)
 
 
 def draw_pedestrian(person: int, camera: int, image: int) -> Image.Image:

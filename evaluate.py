@@ -60,9 +60,9 @@ def evaluate_ranking(
     """CMC and average precision of single queries, by the Market-1501 protocol (Sec. 3.3; Zheng et al. 2015).
 
     features (N, D), ids and cams (N,). For each query, gallery images of its own identity under its own
-    camera do not count, nor does junk (identity -1, Sec. 3.1). Distances are Euclidean, in the features'
-    precision, at least float32. Not in the paper: queries without a true match under another camera are left
-    out of the mean; AP is the mean of the precisions at each true match; equal distances rank in gallery order.
+    camera do not count, nor does junk (identity -1, Sec. 3.1). Not in the paper: distances are Euclidean, on raw
+    features, in their precision, at least float32; equal distances rank in gallery order; AP is the mean of the
+    precisions at each true match; queries without a true match under another camera are left out of the mean.
 
     Raises ValueError where shapes do not fit, features are not finite, or no query has a true match.
 
@@ -83,7 +83,7 @@ def evaluate_ranking(
         if not ids.shape == cams.shape == features.shape[:1]:
             raise ValueError(f"{side}: {len(features)} features, but ids {ids.shape} and cams {cams.shape}")
 
-    # Distances are the same from any origin; far from 0, where products cancel, one of the images is a good one.
+    # Moving all features changes no distance. Far from 0 the products below lose digits, so the origin is moved to one.
     with np.errstate(invalid="ignore", over="ignore"):
         query_features, gallery_features = query_features - gallery_features[0], gallery_features - gallery_features[0]
         query_norms, half_norms = (np.einsum("nd,nd->n", x, x) / 2 for x in (query_features, gallery_features))
@@ -147,7 +147,7 @@ def extract_features(
     """
     device = next(network.parameters()).device
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = math.ceil(len(paths) / processes)  # the same for all: the last ones begin again with the first image
+    share = math.ceil(len(paths) / processes)  # equal: the last processes fill theirs up from the first image on
     own = [paths[i % len(paths)] for i in range(rank * share, (rank + 1) * share)]
     images = ImageDataset(own, height, width)
     loader = DataLoader(images, batch_size=64, num_workers=workers, pin_memory=device.type == "cuda")
@@ -191,6 +191,8 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[SONAN
         settings = saved["settings"]
         network = SONANet(saved["num_classes"], settings["sona"], settings["drop"])
         network.load_state_dict(saved["model"])
+    except ValueError as error:  # a variant that this model.py does not know
+        raise DataError(f"{path}: {error}") from error
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise DataError(f"{path} is damaged or not a model of train.py; copy or train it again") from error
     return network.to(device, memory_format=torch.channels_last).eval(), settings
@@ -390,7 +392,8 @@ def start_process() -> tuple[torch.device, int, int]:
 
 def run_program(main: Callable[[], None], after_stop: str = "") -> None:
     """Run a program's main; bad input, SIGTERM and Ctrl-C end it with one line on standard error."""
-    sys.stdout.reconfigure(line_buffering=True)  # in a file, too, each epoch is to be seen when it ends
+    if hasattr(sys.stdout, "reconfigure"):  # in a file, too, each epoch is to be seen when it ends
+        sys.stdout.reconfigure(line_buffering=True)
     name, rank, pid = Path(sys.argv[0]).name, int(os.environ.get("RANK", 0)), os.getpid()
 
     def stop(*_) -> None:
@@ -409,7 +412,7 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> None:
         if rank > 0:
             time.sleep(5)  # the first process may be telling the cause; torchrun then ends this one
         if isinstance(error, torch.OutOfMemoryError):
-            error = DataError("out of GPU memory; lower --ids-per-batch, or --height and --width")
+            error = DataError("out of GPU memory; end other programs on the GPU, or train with lower --ids-per-batch")
         if not isinstance(error, DataError | WeightsError):
             raise
         message = str(error).splitlines()[-1]  # from a worker process its traceback comes first
@@ -423,7 +426,7 @@ class Parser(argparse.ArgumentParser):
         raise DataError(f"{message} (--help lists the flags)")
 
 
-# The settings that do not make another run: a resumed one may change them, and runs to average may differ in them.
+# Settings in which a run and its resumption may differ, and so may runs to average.
 CHANGEABLE = {"data_dir", "output", "workers", "eval_every", "resume"}
 
 
@@ -443,7 +446,9 @@ def parse_args() -> argparse.Namespace:
     add("--dataset", choices=DATASETS, help="rank another set than the run's own")
     add("--data-dir", help="where the data sets' folders lie [as in the run's training]")
     add("--workers", type=number(int, 0, 256), default=WORKERS, help="processes that read images [%(default)s]")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast [where the device gains by it]")
+    add(
+        "--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast [where the run had it and the device gains]"
+    )
 
     add = parser.add_argument_group("your own photos, crops of one person each, instead of a data set").add_argument
     add("--query", nargs="+", metavar="IMAGE", help="rank the gallery for these; also what --attention shows")
@@ -454,18 +459,22 @@ def parse_args() -> argparse.Namespace:
     add("--features", metavar="NPZ", help="save embeddings with paths, identities and cameras")
     add("--attention", metavar="PNG", help="only draw SONA's attention, as in Fig. 3")
     add("--time", action="store_true", help="only time the network with and without SONA, as in Sec. 3.5")
-    add("--seed", type=number(int, 0), default=0, help="which queries the pictures show [%(default)s]")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="which queries the pictures show [%(default)s]")
     args = parser.parse_args()
     for path, ending in ((args.ranking, ".png"), (args.attention, ".png"), (args.features, ".npz")):
-        if path and not path.endswith(ending):
+        if path and Path(path).suffix != ending:
             parser.error(f"{path}: the name must end in {ending}")
+        if path and not Path(path).parent.is_dir():
+            parser.error(f"{path}: there is no such folder")
     asked = [args.time, args.attention, args.ranking or args.features or args.gallery]
     if len(args.runs) > 1 and any(asked):
         parser.error("--ranking, --features, --attention, --time and --gallery take one RUN")
     if sum(map(bool, asked)) > 1:
-        parser.error("--time and --attention each go alone")
+        parser.error("--time, --attention and the rest (--ranking, --features, --gallery) exclude each other")
+    if args.time and (args.query or args.dataset):
+        parser.error("--time needs no images; leave out --query and --dataset")
     if args.query and args.dataset:
-        parser.error("--query stands instead of --dataset")
+        parser.error("--query takes the place of a data set; leave out --dataset")
     if args.gallery and not args.query or args.query and not (args.gallery or args.attention):
         parser.error("--query and --gallery go together")
     return args
@@ -496,7 +505,8 @@ def main() -> None:
             write(args.attention, draw_attention(network, paths, **size).save)
         return
 
-    options = size | {"workers": args.workers, "amp": bf16_pays(device) if args.amp is None else args.amp}
+    amp = bool(settings["amp"]) and bf16_pays(device) if args.amp is None else args.amp
+    options = size | {"workers": args.workers, "amp": amp}
     if args.query:
         query, gallery = unlabelled(args.query, 0), unlabelled(images_in(args.gallery), 1)
         features, ranking = [extract_features(network, split.paths, **options) for split in (query, gallery)], None
@@ -511,11 +521,11 @@ def main() -> None:
             features, ranking = evaluate(network, query, gallery, **options)
             figures.append(ranking.figures())
             print(f"{run:<22}  {summary(figures[-1])}")
-        if len(runs) > 1:
+        if len(runs) > 1:  # the deviation is the population's, as the paper's seem to be
             for title, function in (
                 ("mean", np.mean),
                 ("standard deviation", np.std),
-            ):  # of the population, as Table 2's
+            ):
                 print(f"{title:<22}  {summary({key: function([f[key] for f in figures]) for key in figures[0]})}")
     if rank > 0:
         return
@@ -535,10 +545,16 @@ def unlabelled(paths: list[str], camera: int) -> Split:
 
 def images_in(folder: str) -> list[str]:
     """The image files of a folder and its subfolders. Raises DataError if it has none."""
-    files = sorted(file for file in Path(folder).rglob("[!.]*") if file.suffix.lower() in EXTENSIONS)
-    if not files:
+    paths = sorted(
+        str(file)
+        for file in Path(folder).rglob("*")
+        if file.suffix.lower() in EXTENSIONS
+        and "/." not in f"/{file.relative_to(folder).as_posix()}"
+        and file.is_file()
+    )
+    if not paths:
         raise DataError(f"{folder} is no folder with images ({', '.join(EXTENSIONS)})")
-    return list(map(str, files))
+    return paths
 
 
 def write(path: str, save: Callable[[str], None]) -> None:

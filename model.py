@@ -45,7 +45,7 @@ class SONA(nn.Module):
         super().__init__()
         reduced = channels // reduction  # d
         self.scale = reduced**-1.5  # 1 / d of Eq. 1 times 1 / sqrt(d) of Eq. 2
-        # Not in the paper: LeakyReLU's slope, 0.01; g and p bare.
+        # Not in the paper: LeakyReLU's slope, 0.01; g and p bare, without batch norm or activation.
         self.theta = nn.Sequential(nn.Conv2d(channels, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.LeakyReLU())
         self.g = nn.Conv2d(channels, reduced, 1)
         self.p = nn.Conv2d(reduced, channels, 1)
@@ -114,14 +114,15 @@ class DropBlockPlus(nn.Module):
         # Padded on all sides, so that a position's window holds every corner whose block covers it.
         margins = (block_width - 1, block_width - 1, block_height - 1, block_height - 1)
         mask = 1 - F.max_pool2d(F.pad(seeds, margins), (block_height, block_width), stride=1)  # (B, 1, H, W)
-        mask = mask / mask.mean((2, 3), keepdim=True).clamp(min=1 / (height * width))  # all dropped: stays 0
+        mask = mask / mask.mean((2, 3), keepdim=True).clamp(min=1 / (height * width))  # if all is dropped, it stays 0
         return x * mask.to(x.dtype)
 
 
 class BatchDropBlock(nn.Module):
-    """BFE's drop layer: one rectangle for a process's batch, (B, C, H, W) -> same (BL+BFE, Sec. 3.4).
+    """BFE's drop layer: (B, C, H, W) -> same (BL+BFE, Sec. 3.4).
 
-    The ratios are the rectangle's height and width as shares of the map's. Identity in eval mode.
+    Not in the paper: one rectangle for a process's batch. The ratios are the rectangle's height and width as
+    shares of the map's. Identity in eval mode.
     """
 
     def __init__(self, height_ratio: float, width_ratio: float) -> None:
@@ -149,7 +150,7 @@ DROPS = {  # the local branch's drop layer: BL, BL+DB, BL+DB+ and BL+BFE (Table 
 
 
 class SONANet(nn.Module):
-    """The network of Fig. 2. It runs faster with .to(memory_format=torch.channels_last), as its input.
+    """The network of Fig. 2. It is faster if it and its input are in torch.channels_last format.
 
     sona     where SONA stands, a key of PLACEMENTS
     drop     the local branch's drop layer, a key of DROPS
@@ -222,23 +223,24 @@ def feature_reduction(channels: int, reduced: int) -> nn.Sequential:
 def dilated_resnet50(weights: str | None = None) -> ResNet:
     """ResNet-50 whose stages 3 and 4 keep stage 2's map, of stride 8, by dilation (Sec. 2.1).
 
-    weights as in SONANet. Raises WeightsError. Not in the paper: the dilation, 2 in stage 3 and 4 in stage 4.
+    weights as in SONANet. Raises WeightsError. Not in the paper: the dilation, 2 in stage 3 and 4 in stage 4
+    (half of it in a stage's first block).
     """
     # Not in the paper: training without ImageNet weights, for which residual blocks start as the identity.
     network = resnet50(replace_stride_with_dilation=[False, True, True], zero_init_residual=weights is None)
     if weights is None:
         return network
-    imagenet = ResNet50_Weights.IMAGENET1K_V1  # not in the paper: which; these are of its time
+    imagenet, source = ResNet50_Weights.IMAGENET1K_V1, weights  # not in the paper: which weights; these existed then
     try:
         if weights == "imagenet":
+            source = f"{imagenet.url}, kept in {torch.hub.get_dir()}/checkpoints"
             state = imagenet.get_state_dict(check_hash=True, weights_only=True)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:  # no file, no connection, a download cut short, a damaged file
-        reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or type(error).__name__
+        reason = error.strerror or error if isinstance(error, OSError) else "damaged or not PyTorch weights"
         raise WeightsError(
-            f"cannot read the weights {weights}: {reason}; pass the path of a ResNet-50 state dict, "
-            f"as of {imagenet.url}, or train with none"
+            f"cannot read the weights {source}: {reason}; pass the path of a ResNet-50 state dict, or train with none"
         ) from error
     network.fc = nn.Identity()
     try:

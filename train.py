@@ -47,10 +47,10 @@ def learning_rate(epoch: int, epochs: int = 400, peak: float = 1e-3) -> float:
 
 
 def parse_args() -> argparse.Namespace:
+    toy = ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in TOY.items())
     parser = Parser(
-        description="Train SONA-Net. Defaults, in brackets, are the paper's (Sec. 3.2); the toy has its own: "
-        + ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in TOY.items())
-        + "."
+        description="Train SONA-Net. Defaults, in brackets, are the paper's where it gives them (Sec. 3.2); "
+        f"the toy has its own: {toy}."
     )
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="toy", help="what to train on; the toy is drawn on first use")
@@ -69,12 +69,14 @@ def parse_args() -> argparse.Namespace:
     add("--ids-per-batch", type=number(int, 2), default=32, help="over all processes; fewer save memory [%(default)s]")
     add("--images-per-id", type=number(int, 1), default=4, help="images of each identity [%(default)s]")
     add("--epochs", type=number(int, 1), default=400, help="the schedule stretches to it [%(default)s]")
-    add("--lr", type=number(float, 1e-12, 1e12), default=1e-3, help="peak; lower it for smaller batches [%(default)s]")
-    add("--margin", type=number(float, 0, 1e12), help="hard triplet margin, as 0.3 [the soft margin]")
-    add("--seed", type=number(int, 0), default=0, help="the paper averages over four runs [%(default)s]")
+    add(
+        "--lr", type=number(float, 1e-12, 10**12), default=1e-3, help="peak; lower it for smaller batches [%(default)s]"
+    )
+    add("--margin", type=number(float, 0, 10**12), help="hard triplet margin, as 0.3 [the soft margin]")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="the paper averages over four runs [%(default)s]")
     add("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast [where the device gains by it]")
     add("--compile", action="store_true", help="compile the network: a slow start, then faster steps")
-    add("--sync-bn", action="store_true", help="batch normalisation over all GPUs, not on each its own")
+    add("--sync-bn", action="store_true", help="batch norm over the batch of all GPUs, not over each GPU's own")
 
     add = parser.add_argument_group("run").add_argument
     add("--output", help="the run's folder [runs/DATASET]")
@@ -101,7 +103,6 @@ def main() -> None:
     if not resumed and (checkpoint_path.exists() or (output / "model.pt").exists()):
         hint = "its last.pt is gone:" if args.resume else "go on with it by --resume, or"
         raise DataError(f"{output} holds a run; {hint} choose another folder by --output")
-    args.amp = bf16_pays(device) if args.amp is None else args.amp  # a setting of the run, resumed wherever it may be
     splits = load_dataset(args.dataset, args.data_dir)
     train = splits["train"]
     labels = train.labels.to(device)
@@ -128,6 +129,8 @@ def main() -> None:
     untrained, history = None, []  # evaluation of the untrained network; a record for each epoch
     if resumed:
         untrained, history = load_checkpoint(checkpoint_path, vars(args), num_classes, network, optimizer)
+    if args.amp is None:
+        args.amp = bf16_pays(device)
     found = gather(torch.tensor([[len(history), len(train.paths)]], device=device))  # (processes, 2)
     if (found != found[0]).any():
         raise DataError(f"the nodes do not find the same checkpoint or data; they must share {output} and the data")
@@ -145,11 +148,13 @@ def main() -> None:
         try:
             output.mkdir(parents=True, exist_ok=True)
             (output / "log.jsonl").touch()
+            for scratch in output.glob("*.pt.*.tmp"):  # of a process that was killed
+                scratch.unlink()
         except OSError as error:
             raise DataError(f"cannot write to {output}: {error.strerror}; choose another folder by --output") from error
 
     def measure() -> dict[str, float]:
-        if processes > 1:  # not in the paper: batch norm of each its own images; kept are the first one's statistics
+        if processes > 1:  # not in the paper: each normalises its own images, and the first one's statistics are kept
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
         options = {"height": args.height, "width": args.width, "workers": args.workers, "amp": args.amp}
@@ -260,7 +265,7 @@ def collapsed(parts: dict[str, float], num_classes: int, margin: float | None = 
     """
     expected = {"triplet": math.log(2) if margin is None else margin, "cross_entropy": math.log(num_classes)}
     return all(
-        abs(parts[f"{branch}_{name}"] - value) < 0.01 * value
+        abs(parts[f"{branch}_{name}"] - value) <= 0.01 * value + 1e-6
         for branch in ("global", "local")
         for name, value in expected.items()
     )
@@ -274,7 +279,7 @@ def serialized(state: dict) -> memoryview:
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that at any moment path holds a whole one, the former or this. Raises DataError."""
-    scratch = path.with_name(f"{path.name}.tmp")
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(scratch, "wb") as file:
             file.write(content)
@@ -293,10 +298,13 @@ def load_checkpoint(
 ) -> tuple[dict | None, list[dict]]:
     """Load a checkpoint into network and optimizer; returns the untrained network's figures and the epochs' records.
 
-    Raises DataError if it is damaged or of another run.
+    A precision that settings leave open (amp None) becomes the run's. Raises DataError if the checkpoint is damaged
+    or of another run.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if settings["amp"] is None:  # then as the run began, wherever that was
+            settings["amp"] = checkpoint["settings"]["amp"]
         differing = differences(checkpoint["settings"], settings)
         if not differing and checkpoint["num_classes"] == num_classes:
             network.load_state_dict(checkpoint["model"])

@@ -408,6 +408,8 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> None:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
+    except BrokenPipeError:  # who reads the output, as in `| head`, has seen enough
+        os._exit(141)
     except Exception as error:
         if rank > 0:
             time.sleep(5)  # the first process may be telling the cause; torchrun then ends this one

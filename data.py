@@ -80,6 +80,7 @@ class Split(NamedTuple):
 
     @property
     def num_ids(self) -> int:
+        """The number of identities, distractors aside."""
         return len(np.unique(self.ids[self.ids > 0]))
 
 

@@ -333,6 +333,7 @@ TILE = (96, 192)  # width and height of an image on a sheet
 
 
 def thumbnail(path: str) -> Image.Image:
+    """An image file in the size of TILE. Raises DataError."""
     return TF.to_pil_image(TF.resize(read_image(path), TILE[::-1]))
 
 
@@ -408,7 +409,8 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> None:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
-    except BrokenPipeError:  # who reads the output, as in `| head`, has seen enough
+    except BrokenPipeError as error:  # as by `| head`, which stops to read
+        print(f"{name}: stopped: {error}{after_stop}", file=sys.stderr, flush=True)
         os._exit(141)
     except Exception as error:
         if rank > 0:
@@ -448,9 +450,7 @@ def parse_args() -> argparse.Namespace:
     add("--dataset", choices=DATASETS, help="rank another set than the run's own")
     add("--data-dir", help="where the data sets' folders lie [as in the run's training]")
     add("--workers", type=number(int, 0, 256), default=WORKERS, help="processes that read images [%(default)s]")
-    add(
-        "--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast [where the run had it and the device gains]"
-    )
+    add("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast [if the run had it and the device gains]")
 
     add = parser.add_argument_group("your own photos, crops of one person each, instead of a data set").add_argument
     add("--query", nargs="+", metavar="IMAGE", help="rank the gallery for these; also what --attention shows")
@@ -524,16 +524,14 @@ def main() -> None:
             figures.append(ranking.figures())
             print(f"{run:<22}  {summary(figures[-1])}")
         if len(runs) > 1:  # the deviation is the population's, as the paper's seem to be
-            for title, function in (
-                ("mean", np.mean),
-                ("standard deviation", np.std),
-            ):
+            for title, function in (("mean", np.mean), ("standard deviation", np.std)):
                 print(f"{title:<22}  {summary({key: function([f[key] for f in figures]) for key in figures[0]})}")
     if rank > 0:
         return
     if args.features:
-        arrays = {f"query_{key}": value for key, value in {"features": features[0], **query._asdict()}.items()}
-        arrays |= {f"gallery_{key}": value for key, value in {"features": features[1], **gallery._asdict()}.items()}
+        arrays = {}
+        for side, split, x in zip(("query", "gallery"), (query, gallery), features, strict=True):
+            arrays |= {f"{side}_{key}": value for key, value in {"features": x, **split._asdict()}.items()}
         write(args.features, lambda path: np.savez(path, **arrays))
     if args.ranking or args.query:
         picture = draw_ranking(query, gallery, features, ranking, args.seed)

@@ -589,6 +589,8 @@ def test_a_name_that_does_not_parse_is_named(tmp_path, name):
 
 
 def test_missing_empty_and_nested_data_sets_are_told(tmp_path):
+    with pytest.raises(DataError, match="no data set is named markt; choose from toy, market1501"):
+        load_dataset("markt", tmp_path)
     with pytest.raises(DataError, match="no folder .*market1501 or .*Market-1501-v15.09.15"):
         load_dataset("market1501", tmp_path)
     (tmp_path / "market1501").mkdir()
@@ -1109,10 +1111,13 @@ def test_a_run_is_resumed_with_other_processes_folders_and_evaluations(market, r
     state = torch.load(output / "last.pt", weights_only=True)
     state["history"].pop()  # one epoch to go
     torch.save(state, output / "last.pt")
+    for scratch in ("last.pt.123.tmp", "notes.tmp"):  # of a killed process, and somebody's own
+        (output / scratch).touch()
     command = [flag for flag in market if flag != "--no-amp"]  # left open: as the run began
     program(*command, "--epochs", 4, "--eval-every", 0, "--workers", 0, "--output", output, "--resume", torchrun=2)
     assert len((output / "log.jsonl").read_text().splitlines()) == 4
     assert torch.load(output / "model.pt", weights_only=True)["settings"]["amp"] is False
+    assert sorted(path.name for path in output.iterdir()) == ["last.pt", "log.jsonl", "model.pt", "notes.tmp"]
 
 
 def test_a_run_is_not_overwritten(market, run):
@@ -1272,6 +1277,44 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, market, tmp_path):
     assert not (tmp_path / "last.pt").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["runs/b", "--time"], "take one RUN"),
+        (["--time", "--attention", "a.png"], "exclude each other"),
+        (["--time", "--dataset", "toy"], "--time needs no images"),
+        (["--query", "a.jpg"], "--query and --gallery go together"),
+        (["--gallery", "photos"], "--query and --gallery go together"),
+        (["--query", "a.jpg", "--gallery", "photos", "--dataset", "toy"], "leave out --dataset"),
+        (["--ranking", "a.gif"], "a.gif: the name must end in .png"),
+        (["--features", "nowhere/a.npz"], "nowhere/a.npz: there is no such folder"),
+    ],
+)
+def test_flags_of_evaluate_that_exclude_each_other_are_told(monkeypatch, flags, message):
+    with pytest.raises(DataError, match=message):
+        run_main(monkeypatch, evaluate, "runs/a", *flags)
+
+
+def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(DataError, match="no GPU 3: this machine has 2"):
+        evaluate.start_process()
+
+
+def test_programming_errors_keep_their_traceback_and_a_full_gpu_is_one_line(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    for error, shown in ((torch.OutOfMemoryError("2 GiB"), SystemExit), (KeyError("x"), KeyError)):
+
+        def main(error=error):
+            raise error
+
+        with pytest.raises(shown, match="train.py: error: out of GPU memory|x"):
+            evaluate.run_program(main)
+
+
 def test_a_collapsed_run_is_told_once_from_the_end_of_the_warm_up(monkeypatch, market, tmp_path, capsys):
     branch = {"triplet": math.log(2), "cross_entropy": math.log(4), "accuracy": 0.25}
     parts = {f"{name}_{key}": value for name in ("global", "local") for key, value in branch.items()}
@@ -1311,7 +1354,11 @@ def test_bad_checkpoints_and_runs_are_told_and_never_executed(monkeypatch, marke
     assert not (tmp_path / "executed").exists()
     with pytest.raises(DataError, match="not the folder of a finished run"):
         evaluate.load_run(tmp_path / "nowhere")
-    settings = torch.load(run[0] / "model.pt", weights_only=True)["settings"]
+    state = torch.load(run[0] / "model.pt", weights_only=True)
+    settings = state["settings"]
+    torch.save(state | {"settings": settings | {"sona": "mine"}}, tmp_path / "model.pt")
+    with pytest.raises(DataError, match="model.pt: sona is 'mine'; choose from"):
+        evaluate.load_run(tmp_path)
     with pytest.raises(DataError, match="knows 4 identities, the training set has 5"):
         load_checkpoint(run[0] / "last.pt", settings, 5, None, None)
 

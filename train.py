@@ -69,9 +69,7 @@ def parse_args() -> argparse.Namespace:
     add("--ids-per-batch", type=number(int, 2), default=32, help="over all processes; fewer save memory [%(default)s]")
     add("--images-per-id", type=number(int, 1), default=4, help="images of each identity [%(default)s]")
     add("--epochs", type=number(int, 1), default=400, help="the schedule stretches to it [%(default)s]")
-    add(
-        "--lr", type=number(float, 1e-12, 10**12), default=1e-3, help="peak; lower it for smaller batches [%(default)s]"
-    )
+    add("--lr", type=number(float, 1e-12, 10**12), default=1e-3, help="peak; lower for smaller batches [%(default)s]")
     add("--margin", type=number(float, 0, 10**12), help="hard triplet margin, as 0.3 [the soft margin]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="the paper averages over four runs [%(default)s]")
     add("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast [where the device gains by it]")
@@ -265,13 +263,14 @@ def collapsed(parts: dict[str, float], num_classes: int, margin: float | None = 
     """
     expected = {"triplet": math.log(2) if margin is None else margin, "cross_entropy": math.log(num_classes)}
     return all(
-        abs(parts[f"{branch}_{name}"] - value) <= 0.01 * value + 1e-6
+        abs(parts[f"{branch}_{name}"] - value) <= 0.01 * value + 1e-6  # also where the margin is 0
         for branch in ("global", "local")
         for name, value in expected.items()
     )
 
 
 def serialized(state: dict) -> memoryview:
+    """What torch.save would write of a state."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getbuffer()

@@ -1295,6 +1295,32 @@ def test_flags_of_evaluate_that_exclude_each_other_are_told(monkeypatch, flags, 
         run_main(monkeypatch, evaluate, "runs/a", *flags)
 
 
+@pytest.mark.parametrize(
+    ("of_run", "pays", "flags", "used"),
+    [
+        (True, True, [], True),
+        (False, True, [], False),
+        (True, False, [], False),
+        (False, False, ["--amp"], True),
+        (True, True, ["--no-amp"], False),
+    ],
+)
+def test_evaluation_is_as_precise_as_the_run_where_the_device_gains(monkeypatch, of_run, pays, flags, used):
+    def extract_features(network, paths, height, width, workers, amp):
+        raise DataError(f"autocast {amp}")
+
+    settings = {"amp": of_run, "height": 32, "width": 16}
+    for name, stand_in in {
+        "load_run": lambda *_: (None, settings),
+        "bf16_pays": lambda _: pays,
+        "images_in": lambda _: ["b.jpg"],
+        "extract_features": extract_features,
+    }.items():
+        monkeypatch.setattr(evaluate, name, stand_in)
+    with pytest.raises(DataError, match=f"autocast {used}"):
+        run_main(monkeypatch, evaluate, "runs/a", "--query", "a.jpg", "--gallery", "photos", *flags)
+
+
 def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -250,11 +250,10 @@ class IdentitySampler:
         self.images_of_id = [np.flatnonzero(labels == identity) for identity in np.unique(labels)]
         if len(self.images_of_id) < ids_per_batch:
             raise DataError(
-                f"the training set has {len(self.images_of_id)} identities, a batch takes {ids_per_batch}; "
-                "lower --ids-per-batch"
+                f"the training set has {len(self.images_of_id)} identities, a batch takes {ids_per_batch}; take fewer"
             )
         if ids_per_batch % world_size:
-            raise DataError(f"--ids-per-batch {ids_per_batch} cannot be shared among {world_size} processes alike")
+            raise DataError(f"{ids_per_batch} identities a batch cannot be shared among {world_size} processes alike")
         self.ids_per_batch, self.images_per_id, self.seed = ids_per_batch, images_per_id, seed
         self.rank, self.share = rank, ids_per_batch // world_size
         self.epoch = 0

@@ -13,12 +13,11 @@ Usage:
 import argparse
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,9 +30,7 @@ from torchvision.utils import make_grid
 
 from data import DATASETS, EXTENSIONS, DataError, ImageDataset, Split, describe, load_dataset, normalize, read_image
 from losses import gather
-from model import SONA, SONANet, WeightsError
-
-WORKERS = min(4, os.cpu_count() or 1)
+from model import SONA, SONANet
 
 
 class Ranking(NamedTuple):
@@ -128,21 +125,12 @@ def summary(figures: dict[str, float]) -> str:
     return "  ".join(f"{name}{100 * figures[key]:7.2f}" for key, name in names.items())
 
 
-def bf16_pays(device: torch.device) -> bool:
-    """Whether bf16 autocast is a gain on the device: on GPUs that have it, on CPUs with matrix units for it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # not in torch 2.9
-    return device.type == "cpu" and bool(capabilities().get("amx_bf16"))
-
-
 @torch.inference_mode()
-def extract_features(
-    network: nn.Module, paths: list[str], height: int, width: int, workers: int = 0, amp: bool = False
-) -> np.ndarray:
-    """(N, 1536) float32 test embeddings of image files: the mean over an image and its mirror image (Sec. 3.2).
+def extract_features(network: nn.Module, paths: list[str], height: int, width: int, workers: int = 0) -> np.ndarray:
+    """(N, 1536) test embeddings of image files: the mean over an image and its mirror image (Sec. 3.2).
 
-    Under torch.distributed the processes share the images, and each returns all features. Leaves the
+    Not in the paper: in float32, also of a run in bf16 or fp16, and without the TensorFloat-32 that cuDNN would
+    take for it. Under torch.distributed the processes share the images, and each returns all features. Leaves the
     network in eval mode.
     """
     device = next(network.parameters()).device
@@ -153,20 +141,22 @@ def extract_features(
     loader = DataLoader(images, batch_size=64, num_workers=workers, pin_memory=device.type == "cuda")
     network.eval()
     features = []
-    for batch, _ in loader:
-        batch = normalize(batch.to(device, non_blocking=True))
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for batch, _ in loader:
+            batch = normalize(batch.to(device, non_blocking=True))
             both = network(torch.cat([batch, batch.flip(3)]))  # (2B, 1536)
-        features.append(both.float().unflatten(0, (2, -1)).mean(0))
+            features.append(both.unflatten(0, (2, -1)).mean(0))
     return gather(torch.cat(features))[: len(paths)].cpu().numpy()
 
 
-def evaluate(network: nn.Module, query: Split, gallery: Split, **options) -> tuple[list[np.ndarray], Ranking]:
+def evaluate(
+    network: nn.Module, query: Split, gallery: Split, height: int, width: int, workers: int = 0
+) -> tuple[list[np.ndarray], Ranking]:
     """The query's and the gallery's features, and their ranking; prints how many queries were left out.
 
-    options are extract_features' height, width, workers and amp. Raises DataError.
+    Raises DataError where features are not finite.
     """
-    features = [extract_features(network, split.paths, **options) for split in (query, gallery)]
+    features = [extract_features(network, split.paths, height, width, workers) for split in (query, gallery)]
     try:
         ranking = evaluate_ranking(*features, query.ids, gallery.ids, query.cams, gallery.cams)
     except ValueError as error:
@@ -353,85 +343,21 @@ def sheet(tiles: list[Tensor], columns: int, title: str) -> Image.Image:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Command line; train.py uses these too
+# Command line
 
 
-def number(kind: type, minimum: float, maximum: float = 10**9) -> Callable[[str], float]:
-    """A type for argparse: an int or a float from minimum to maximum."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"{text} is not from {minimum:,} to {maximum:,}")
-        return value
-
-    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
-    return parse
+def usable_cores() -> int:
+    """The cores that this process may use, which in a job or a container may be fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def start_process() -> tuple[torch.device, int, int]:
-    """This process's device, its rank and the number of processes; under torchrun, joins the others.
-
-    Only the first process prints.
-    """
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise DataError(
-                f"no GPU {device.index}: this machine has {torch.cuda.device_count()}, lower --nproc_per_node"
-            )
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    if "RANK" not in os.environ:
-        return device, 0, 1
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")
-    return device, dist.get_rank(), dist.get_world_size()
-
-
-def run_program(main: Callable[[], None], after_stop: str = "") -> None:
-    """Run a program's main; bad input, SIGTERM and Ctrl-C end it with one line on standard error."""
-    if hasattr(sys.stdout, "reconfigure"):  # in a file, too, each epoch is to be seen when it ends
-        sys.stdout.reconfigure(line_buffering=True)
-    name, rank, pid = Path(sys.argv[0]).name, int(os.environ.get("RANK", 0)), os.getpid()
-
-    def stop(*_) -> None:
-        if os.getpid() == pid:  # a loader's worker ends with this process
-            if rank == 0:
-                print(f"{name}: stopped{after_stop}", file=sys.stderr, flush=True)
-            os._exit(130)  # at once: files are whole at any moment, and an exception might be lost on its way
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    try:
-        main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except BrokenPipeError as error:  # as by `| head`, which stops to read
-        print(f"{name}: stopped: {error}{after_stop}", file=sys.stderr, flush=True)
-        os._exit(141)
-    except Exception as error:
-        if rank > 0:
-            time.sleep(5)  # the first process may be telling the cause; torchrun then ends this one
-        if isinstance(error, torch.OutOfMemoryError):
-            error = DataError("out of GPU memory; end other programs on the GPU, or train with lower --ids-per-batch")
-        if not isinstance(error, DataError | WeightsError):
-            raise
-        message = str(error).splitlines()[-1]  # from a worker process its traceback comes first
-        sys.exit(f"{name}: error: {message.removeprefix('data.DataError: ')}")
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser that tells an error in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise DataError(f"{message} (--help lists the flags)")
+def one_line(error: Exception) -> str:
+    """An error's message. From a worker process its traceback comes first, and the error's name."""
+    return str(error).splitlines()[-1].removeprefix("data.DataError: ")
 
 
 # Settings in which a run and its resumption may differ, and so may runs to average.
-CHANGEABLE = {"data_dir", "output", "workers", "eval_every", "resume"}
+CHANGEABLE = {"data_dir", "output", "workers", "eval_every", "resume", "recompute"}
 
 
 def differences(first: dict, second: dict, free: set[str] = CHANGEABLE) -> str:
@@ -444,13 +370,15 @@ def differences(first: dict, second: dict, free: set[str] = CHANGEABLE) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(description="Evaluate trained runs: mAP and CMC, single query, no re-ranking.")
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s RUN [RUN ...] [flags; --help lists them]",
+        description="Evaluate trained runs: mAP and CMC, single query, no re-ranking.",
+    )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run's folder; of several, mean and standard deviation follow")
     add("--dataset", choices=DATASETS, help="rank another set than the run's own")
     add("--data-dir", help="where the data sets' folders lie [as in the run's training]")
-    add("--workers", type=number(int, 0, 256), default=WORKERS, help="processes that read images [%(default)s]")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast [if the run had it and the device gains]")
+    add("--workers", type=int, default=min(4, usable_cores()), help="processes that read images [%(default)s]")
 
     add = parser.add_argument_group("your own photos, crops of one person each, instead of a data set").add_argument
     add("--query", nargs="+", metavar="IMAGE", help="rank the gallery for these; also what --attention shows")
@@ -461,13 +389,11 @@ def parse_args() -> argparse.Namespace:
     add("--features", metavar="NPZ", help="save embeddings with paths, identities and cameras")
     add("--attention", metavar="PNG", help="only draw SONA's attention, as in Fig. 3")
     add("--time", action="store_true", help="only time the network with and without SONA, as in Sec. 3.5")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="which queries the pictures show [%(default)s]")
+    add("--seed", type=int, default=0, help="which queries the pictures show [%(default)s]")
     args = parser.parse_args()
     for path, ending in ((args.ranking, ".png"), (args.attention, ".png"), (args.features, ".npz")):
-        if path and Path(path).suffix != ending:
-            parser.error(f"{path}: the name must end in {ending}")
-        if path and not Path(path).parent.is_dir():
-            parser.error(f"{path}: there is no such folder")
+        if path and (Path(path).suffix != ending or not Path(path).parent.is_dir()):
+            parser.error(f"{path}: must end in {ending} and lie in a folder that exists")
     asked = [args.time, args.attention, args.ranking or args.features or args.gallery]
     if len(args.runs) > 1 and any(asked):
         parser.error("--ranking, --features, --attention, --time and --gallery take one RUN")
@@ -484,14 +410,15 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    device, rank, _ = start_process()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True
     runs = [load_run(run, device) for run in args.runs]
     network, settings = runs[0]
     for run, (_, other) in zip(args.runs, runs, strict=True):
         if differing := differences(settings, other, CHANGEABLE | {"seed"}):
-            raise DataError(f"{args.runs[0]} and {run} are not runs of one configuration: {differing}")
+            sys.exit(f"error: {args.runs[0]} and {run} are not runs of one configuration: {differing}")
     if (args.time or args.attention) and not any(isinstance(module, SONA) for module in network.modules()):
-        raise DataError(f"{args.runs[0]} has no SONA module to time or to draw")
+        sys.exit(f"error: {args.runs[0]} has no SONA module to time or to draw")
     size = {key: settings[key] for key in ("height", "width")}
     if args.time:
         print_times(network, **size)
@@ -503,12 +430,10 @@ def main() -> None:
         query, gallery = splits["query"], splits["gallery"]
     if args.attention:
         paths = args.query or np.random.default_rng(args.seed).permutation(query.paths)[:8].tolist()
-        if rank == 0:
-            write(args.attention, draw_attention(network, paths, **size).save)
+        write(args.attention, draw_attention(network, paths, **size).save)
         return
 
-    amp = bool(settings["amp"]) and bf16_pays(device) if args.amp is None else args.amp
-    options = size | {"workers": args.workers, "amp": amp}
+    options = size | {"workers": args.workers}
     if args.query:
         query, gallery = unlabelled(args.query, 0), unlabelled(images_in(args.gallery), 1)
         features, ranking = [extract_features(network, split.paths, **options) for split in (query, gallery)], None
@@ -526,8 +451,6 @@ def main() -> None:
         if len(runs) > 1:  # the deviation is the population's, as the paper's seem to be
             for title, function in (("mean", np.mean), ("standard deviation", np.std)):
                 print(f"{title:<22}  {summary({key: function([f[key] for f in figures]) for key in figures[0]})}")
-    if rank > 0:
-        return
     if args.features:
         arrays = {}
         for side, split, x in zip(("query", "gallery"), (query, gallery), features, strict=True):
@@ -567,4 +490,9 @@ def write(path: str, save: Callable[[str], None]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except DataError as error:
+        sys.exit(f"error: {one_line(error)}")

@@ -39,42 +39,40 @@ def batch_hard_triplet_loss(embeddings: Tensor, labels: Tensor, margin: float | 
 
 
 def branch_losses(
-    outputs: list[tuple[Tensor, Tensor]], labels: Tensor, margin: float | None = None, smoothing: float = 0.1
+    outputs: dict[str, tuple[Tensor, Tensor]], labels: Tensor, margin: float | None = None, smoothing: float = 0.1
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of both losses of both branches, to call backward on, and its parts, to log.
 
-    outputs are the network's [(embedding (B, D), logits (B, classes)), ...], global branch first; labels
-    (B,). The parts are detached scalars: the loss, and each branch's triplet loss, cross-entropy and
-    accuracy (the share of images whose identity it names). Not in the paper: smoothing 0.1 (Szegedy et
-    al. 2016), and weight 1 for each of the four losses.
+    outputs are the network's {branch: (embedding (B, D), logits (B, classes))}, labels (B,). The parts are
+    detached scalars: the loss, and each branch's triplet loss, cross-entropy and accuracy (the share of images
+    whose identity it names). Not in the paper: smoothing 0.1 (Szegedy et al. 2016), and weight 1 for each of
+    the four losses.
 
-    Not in the paper, under DistributedDataParallel: triplets are mined over the whole batch, as by
-    DataParallel. Each process back-propagates through its own embeddings only, so that the gradient is the
-    sum over the processes, while DDP takes their mean: hence the factor `processes`. Cross-entropy is a
-    mean over a process's own images, for which DDP's mean is right. The parts are without the factor.
+    Not in the paper, under DistributedDataParallel: triplets are mined over the whole batch, as by DataParallel.
     """
-    processes = dist.get_world_size() if dist.is_initialized() else 1
     all_labels = gather(labels)
-    total, parts = 0, {"loss": 0}
-    for branch, (embedding, logits) in zip(("global", "local"), outputs, strict=True):
-        of_all = {"triplet": batch_hard_triplet_loss(gather(embedding), all_labels, margin)}
-        of_own = {"cross_entropy": F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)}
-        total = total + processes * sum(of_all.values()) + sum(of_own.values())
-        for name, loss in (of_all | of_own).items():
-            parts["loss"] = parts["loss"] + loss.detach()
-            parts[f"{branch}_{name}"] = loss.detach()
-        parts[f"{branch}_accuracy"] = (logits.argmax(1) == labels).float().mean()
-    return total, parts
+    losses, accuracies = {}, {}
+    for branch, (embedding, logits) in outputs.items():
+        losses[f"{branch}_triplet"] = batch_hard_triplet_loss(gather(embedding), all_labels, margin)
+        losses[f"{branch}_cross_entropy"] = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        accuracies[f"{branch}_accuracy"] = (logits.argmax(1) == labels).float().mean()
+    loss = sum(losses.values())
+    parts = {"loss": loss, **losses, **accuracies}
+    return loss, {name: part.detach() for name, part in parts.items()}
 
 
 def gather(x: Tensor) -> Tensor:
     """(B, ...) of each process -> (processes * B, ...) on all, in the order of their ranks.
 
-    Only this process's own slot carries a gradient. Without torch.distributed returns x itself.
+    Without torch.distributed returns x itself. A gradient flows into this process's own x alone, times the number
+    of processes: the gradient of a loss on the whole is then the mean over the processes, which DDP takes.
     """
     if not dist.is_initialized():
         return x
     slots = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(slots, x.detach().contiguous())
+    if x.requires_grad:
+        x = x.view_as(x)
+        x.register_hook(lambda gradient: gradient * len(slots))
     slots[dist.get_rank()] = x
     return torch.cat(slots)

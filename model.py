@@ -10,8 +10,8 @@ Fig. 2:
 
 Usage:
     model = SONANet(num_classes=767, sona="2", weights="imagenet")
-    [(global_embedding, global_logits), (local_embedding, local_logits)] = model.train()(images)
-    embedding = model.eval()(images)                    # (B, 1536)
+    global_embedding, global_logits = model.train()(images)["global"]     # and "local"
+    embedding = model.eval()(images)                                      # (B, 1536)
 """
 
 from functools import partial
@@ -93,8 +93,9 @@ class DropBlockPlus(nn.Module):
     """DropBlock with a block of its own height and width: (B, C, H, W) -> same (Sec. 2.1; defaults Sec. 3.2).
 
     Not in the paper: gamma, drop_rate here, is the share of positions to drop, before blocks overlap (as a
-    seed rate it would drop nearly all of the map); one mask per image, shared by its channels, the rest
-    rescaled so that the mask's mean is 1. A block larger than the map is cut to it. Identity in eval mode.
+    seed rate it would drop 78 % of the map); one mask per image, shared by its channels; the rest rescaled by one
+    factor for all images of a forward pass, so that the mean of their masks is 1. A block larger than the map is
+    cut to it. Identity in eval mode.
     """
 
     def __init__(self, drop_rate: float = 0.1, block_height: int = 5, block_width: int = 8) -> None:
@@ -114,15 +115,25 @@ class DropBlockPlus(nn.Module):
         # Padded on all sides, so that a position's window holds every corner whose block covers it.
         margins = (block_width - 1, block_width - 1, block_height - 1, block_height - 1)
         mask = 1 - F.max_pool2d(F.pad(seeds, margins), (block_height, block_width), stride=1)  # (B, 1, H, W)
-        mask = mask / mask.mean((2, 3), keepdim=True).clamp(min=1 / (height * width))  # if all is dropped, it stays 0
+        mask = mask / mask.mean().clamp(min=1 / mask.numel())  # if all is dropped, it stays 0
         return x * mask.to(x.dtype)
+
+
+class GlobalMaxPool(nn.Module):
+    """The maximum over positions: (B, C, H, W) -> (B, C, 1, 1) (Sec. 2.1).
+
+    On GPUs AdaptiveMaxPool2d copies a channels-last map and works through it one channel a block; this does not.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, x.shape[2:])
 
 
 class BatchDropBlock(nn.Module):
     """BFE's drop layer: (B, C, H, W) -> same (BL+BFE, Sec. 3.4).
 
-    Not in the paper: one rectangle for a process's batch. The ratios are the rectangle's height and width as
-    shares of the map's. Identity in eval mode.
+    Not in the paper: one rectangle for all images of a forward pass. The ratios are the rectangle's height and
+    width as shares of the map's. Identity in eval mode.
     """
 
     def __init__(self, height_ratio: float, width_ratio: float) -> None:
@@ -157,9 +168,9 @@ class SONANet(nn.Module):
     weights  of the backbone: None, "imagenet", or the path of a ResNet-50 state dict
 
     Input: (B, 3, height, width) floats, normalised by ImageNet's mean and standard deviation. In training
-    mode returns [(global_embedding (B, 512), global_logits (B, num_classes)), (local_embedding (B, 1024),
-    local_logits (B, num_classes))]; in eval mode the two embeddings concatenated, (B, 1536). The paper's
-    test embedding is the mean of an image's and its mirror image's (Sec. 3.2).
+    mode returns {"global": (embedding (B, 512), logits (B, num_classes)), "local": (embedding (B, 1024),
+    logits)}, under autocast, too, in the parameters' precision; in eval mode the two embeddings concatenated,
+    (B, 1536). The paper's test embedding is the mean of an image's and its mirror image's (Sec. 3.2).
 
     Raises ValueError for an unknown sona or drop, WeightsError for weights that cannot be loaded.
     """
@@ -172,7 +183,7 @@ class SONANet(nn.Module):
             raise ValueError(f"drop is {drop!r}; choose from {', '.join(DROPS)}")
 
         def sona_after(place: str, channels: int) -> nn.Module:
-            return PLACEMENTS[sona].get(place, nn.Identity)(channels)
+            return PLACEMENTS[sona][place](channels) if place in PLACEMENTS[sona] else nn.Identity()
 
         backbone = dilated_resnet50(weights)
         self.stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool)
@@ -191,7 +202,7 @@ class SONANet(nn.Module):
             sona_after("local", 2048),
             Bottleneck(2048, 512),
             DROPS[drop](),
-            nn.AdaptiveMaxPool2d(1),
+            GlobalMaxPool(),
             feature_reduction(2048, 1024),
         )
         self.global_classifier = nn.Linear(512, num_classes)
@@ -200,7 +211,7 @@ class SONANet(nn.Module):
             nn.init.normal_(classifier.weight, std=0.001)
             nn.init.zeros_(classifier.bias)
 
-    def forward(self, images: Tensor) -> Tensor | list[tuple[Tensor, Tensor]]:
+    def forward(self, images: Tensor) -> Tensor | dict[str, tuple[Tensor, Tensor]]:
         x = self.stage1(self.stem(images))  # (B, 256, H/4, W/4)
         x = self.sona2(self.stage2(x))  # (B, 512, H/8, W/8)
         x = self.sona3(self.stage3(x))  # (B, 1024, H/8, W/8)
@@ -209,10 +220,13 @@ class SONANet(nn.Module):
         local_embedding = self.local_branch(x)  # (B, 1024)
         if not self.training:
             return torch.cat([global_embedding, local_embedding], 1)  # Sec. 2.1
-        return [
-            (global_embedding, self.global_classifier(global_embedding)),
-            (local_embedding, self.local_classifier(local_embedding)),
-        ]
+        with torch.autocast(images.device.type, enabled=False):  # not in the paper: classifiers and losses in float32
+            global_embedding = global_embedding.to(self.global_classifier.weight.dtype)
+            local_embedding = local_embedding.to(self.local_classifier.weight.dtype)
+            return {
+                "global": (global_embedding, self.global_classifier(global_embedding)),
+                "local": (local_embedding, self.local_classifier(local_embedding)),
+            }
 
 
 def feature_reduction(channels: int, reduced: int) -> nn.Sequential:

@@ -3,33 +3,39 @@
 Usage:
     python train.py                                                       # the toy, on any machine
     torchrun --nproc_per_node=4 train.py --dataset cuhk03                 # the paper's run (Sec. 3.2)
-    python train.py --dataset market1501 --sona 2+3 --output runs/m23     # a variant, on one GPU
-    python train.py --dataset cuhk03 --resume                             # go on where it stopped
+    python train.py --dataset cuhk03 --recompute                          # the same run on one GPU
+    python train.py --dataset market1501 --sona 2+3 --output runs/m23     # a variant
+    python train.py --output runs/m23 --resume                            # go on where it stopped
 """
 
 import argparse
-import io
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from data import DATASETS, DataError, IdentitySampler, ImageDataset, augment, describe, load_dataset
-from evaluate import WORKERS, Parser, bf16_pays, differences, evaluate, number, run_program, start_process, summary
-from losses import branch_losses, gather
-from model import DROPS, PLACEMENTS, SONANet
+from evaluate import differences, evaluate, one_line, summary, usable_cores
+from losses import branch_losses
+from model import DROPS, PLACEMENTS, SONANet, WeightsError
 
 # What the bare `python train.py` runs instead of the paper's settings: minutes on a CPU.
 TOY = dict(height=64, width=32, ids_per_batch=8, epochs=40, eval_every=10, weights="none", workers=0)
+
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def learning_rate(epoch: int, epochs: int = 400, peak: float = 1e-3) -> float:
@@ -47,145 +53,276 @@ def learning_rate(epoch: int, epochs: int = 400, peak: float = 1e-3) -> float:
 
 
 def parse_args() -> argparse.Namespace:
+    """The settings: flags, a resumed run's own, the toy's or the paper's, in this order."""
     toy = ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in TOY.items())
-    parser = Parser(
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags; --help lists them]",
         description="Train SONA-Net. Defaults, in brackets, are the paper's where it gives them (Sec. 3.2); "
-        f"the toy has its own: {toy}."
+        f"the toy has its own: {toy}.",
     )
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="toy", help="what to train on; the toy is drawn on first use")
-    add("--data-dir", default="datasets", help="where the data sets' folders lie [%(default)s]")
-    add("--height", type=number(int, 16, 4096), default=384, help="pixels; fewer are faster [%(default)s]")
-    add("--width", type=number(int, 16, 4096), default=128, help="pixels [%(default)s]")
-    add("--workers", type=number(int, 0, 256), default=WORKERS, help="processes to read images, per GPU [%(default)s]")
+    workers = max(1, min(4, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", choices=DATASETS, default="toy", help="what to train on; the toy is drawn first")
+    data.add_argument("--data-dir", default="datasets", help="where the data sets' folders lie [%(default)s]")
+    data.add_argument("--height", type=int, default=384, help="pixels; fewer are faster [%(default)s]")
+    data.add_argument("--width", type=int, default=128, help="pixels [%(default)s]")
+    data.add_argument("--workers", type=int, default=workers, help="processes to read images, per GPU [%(default)s]")
 
-    add = parser.add_argument_group("network").add_argument
-    add("--sona", choices=PLACEMENTS, default="2", help="which stage SONA follows, 4 on a branch [%(default)s]")
-    add("--drop", choices=DROPS, default="dropblock+", help="the local branch's drop layer [%(default)s]")
+    network = parser.add_argument_group("network")
+    network.add_argument("--sona", choices=PLACEMENTS, default="2", help="which stage SONA follows [%(default)s]")
+    network.add_argument("--drop", choices=DROPS, default="dropblock+", help="the drop layer [%(default)s]")
     weights = "first weights of the backbone; none: random, PATH: a ResNet-50 state dict [%(default)s]"
-    add("--weights", default="imagenet", metavar="{imagenet,none,PATH}", help=weights)
+    network.add_argument("--weights", default="imagenet", metavar="{imagenet,none,PATH}", help=weights)
 
-    add = parser.add_argument_group("training").add_argument
-    add("--ids-per-batch", type=number(int, 2), default=32, help="over all processes; fewer save memory [%(default)s]")
-    add("--images-per-id", type=number(int, 1), default=4, help="images of each identity [%(default)s]")
-    add("--epochs", type=number(int, 1), default=400, help="the schedule stretches to it [%(default)s]")
-    add("--lr", type=number(float, 1e-12, 10**12), default=1e-3, help="peak; lower for smaller batches [%(default)s]")
-    add("--margin", type=number(float, 0, 10**12), help="hard triplet margin, as 0.3 [the soft margin]")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="the paper averages over four runs [%(default)s]")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast [where the device gains by it]")
-    add("--compile", action="store_true", help="compile the network: a slow start, then faster steps")
-    add("--sync-bn", action="store_true", help="batch norm over the batch of all GPUs, not over each GPU's own")
+    training = parser.add_argument_group("training")
+    training.add_argument("--ids-per-batch", type=int, default=32, help="over all processes [%(default)s]")
+    training.add_argument("--images-per-id", type=int, default=4, help="images of each identity [%(default)s]")
+    training.add_argument("--epochs", type=int, default=400, help="the schedule stretches to it [%(default)s]")
+    training.add_argument("--lr", type=float, default=1e-3, help="peak; lower for smaller batches [%(default)s]")
+    training.add_argument("--margin", type=float, help="hard triplet margin, as 0.3 [the soft margin]")
+    training.add_argument("--seed", type=int, default=0, help="the paper averages over four runs [%(default)s]")
 
-    add = parser.add_argument_group("run").add_argument
-    add("--output", help="the run's folder [runs/DATASET]")
-    add("--resume", action="store_true", help="go on from the folder's last.pt; afresh where there is none")
+    device = parser.add_argument_group("device")
+    passes = "images that batch norm sees at a time, on any number of GPUs [%(default)s]"
+    device.add_argument("--images-per-pass", type=int, default=32, help=passes)
+    recompute = "keep one pass in memory at a time: a third of the memory, a quarter more time"
+    device.add_argument("--recompute", action="store_true", help=recompute)
+    device.add_argument("--precision", choices=PRECISIONS, help="of training [what the device is fast in]")
+    device.add_argument("--compile", action="store_true", help="compile the network: a slow start, then faster steps")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--output", help="the run's folder [runs/DATASET]")
+    run.add_argument("--resume", action="store_true", help="go on with the folder's run; begin if there is none")
     evaluations = "epochs between evaluations, the first before training; 0: one, at the end [%(default)s]"
-    add("--eval-every", type=number(int, 0), default=50, help=evaluations)
+    run.add_argument("--eval-every", type=int, default=50, help=evaluations)
 
-    if parser.parse_known_args()[0].dataset == "toy":
-        parser.set_defaults(**TOY)
+    asked = parser.parse_known_args()[0]
+    output = Path(asked.output or f"runs/{asked.dataset}")
+    parser.set_defaults(**TOY if asked.dataset == "toy" else {}, output=str(output))
+    begun = None
+    if asked.resume and (output / "args.json").exists():
+        try:
+            begun = json.loads((output / "args.json").read_text())
+            parser.set_defaults(**begun | {"output": str(output), "resume": True})
+        except (ValueError, TypeError):
+            sys.exit(f"error: {output / 'args.json'} is damaged; restore it, or choose another folder by --output")
     args = parser.parse_args()
-    args.output = args.output or f"runs/{args.dataset}"
-    if args.ids_per_batch * args.images_per_id < 2 * int(os.environ.get("WORLD_SIZE", 1)):
-        parser.error("one image per process cannot be normalised; raise --ids-per-batch or --images-per-id")
-    if args.sync_bn and not torch.cuda.is_available():
-        parser.error("--sync-bn needs GPUs")
+    if begun and (differing := differences(begun, vars(args))):
+        sys.exit(f"error: {output} holds a run with other settings, then and now: {differing}")
     return args
 
 
-def main() -> None:
+def start_process() -> tuple[torch.device, int, int]:
+    """This process's device, its rank and the number of processes; under torchrun, joins the others.
+
+    Only the first process prints.
+    """
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        if local_rank >= torch.cuda.device_count():
+            sys.exit(f"error: no GPU {local_rank}: here are {torch.cuda.device_count()}; lower --nproc_per_node")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if "RANK" in os.environ:
+        gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    elif hasattr(sys.stdout, "reconfigure"):  # in a file, too, each epoch is to be seen when it ends
+        sys.stdout.reconfigure(line_buffering=True)
+    return device, rank, dist.get_world_size() if dist.is_initialized() else 1
+
+
+def fast_precision(device: torch.device) -> str:
+    """The precision of PRECISIONS in which a device trains fastest. Not in the paper, whose GPUs had float32 alone."""
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):  # from sm_80
+            return "bf16"
+        return "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "float32"  # with tensor cores
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "float32"
+
+
+def read_inputs(device: torch.device, processes: int) -> tuple[argparse.Namespace, dict, dict | None]:
+    """Settings, data and checkpoint, checked before anything is written; in the first process alone."""
     args = parse_args()
-    device, rank, processes = start_process()
-    output, checkpoint_path = Path(args.output), Path(args.output, "last.pt")
-    resumed = args.resume and checkpoint_path.exists()
-    if not resumed and (checkpoint_path.exists() or (output / "model.pt").exists()):
-        hint = "its last.pt is gone:" if args.resume else "go on with it by --resume, or"
-        raise DataError(f"{output} holds a run; {hint} choose another folder by --output")
+    output = Path(args.output)
+    args.precision = args.precision or fast_precision(device)
+    files = ["args.json", "last.pt", "model.pt"]  # a run's, in the order in which they come
+    held = [name for name in files if (output / name).exists()]
+    if held and not args.resume:
+        sys.exit(f"error: {output} holds a run; go on with it by --resume, or choose another folder by --output")
+    if held != files[: len(held)]:
+        sys.exit(f"error: {output} has {held[-1]}, but not all before it; choose another folder by --output")
+    share = args.ids_per_batch * args.images_per_id // processes
+    if args.images_per_pass < 2 or share > args.images_per_pass and share % args.images_per_pass:
+        sys.exit(
+            f"error: --images-per-pass {args.images_per_pass} does not divide the {share} images of a process "
+            f"({args.ids_per_batch} x {args.images_per_id} over {processes})"
+        )
     splits = load_dataset(args.dataset, args.data_dir)
+    labels = splits["train"].labels
+    IdentitySampler(labels, args.ids_per_batch, args.images_per_id, world_size=processes)  # refuses what cannot be
+    state = load_checkpoint(output / "last.pt", int(labels.max()) + 1) if "last.pt" in held else None
+    if device.type == "cpu" and args.dataset != "toy":
+        try:
+            torch.cuda.init()
+        except (AssertionError, RuntimeError) as error:  # no GPU, no driver or an old one, or PyTorch without CUDA
+            print(f"note: no GPU can be used, the CPU will take long: {str(error).splitlines()[0]}")
+    return args, splits, state
+
+
+class Passes(nn.Module):
+    """The network on a process's share of a batch, in passes of a few images as on each of the paper's GPUs.
+
+    Each pass is normalised on its own, and the first of the whole batch updates batch norm's running statistics,
+    as DataParallel keeps the first GPU's. A pass's flips, cutouts and drop masks are a function of seed, epoch,
+    step and its number in the whole batch, so that a run is the same on any number of processes. With recompute
+    only one pass's activations are in memory at a time; the others' are computed again in the backward pass.
+
+    forward: the share's (B, 3, H, W) uint8 images and (seed, epoch, step) -> the outputs of SONANet for all of it.
+    """
+
+    def __init__(self, network: nn.Module, images: int, rank: int = 0, precision: str = "float32", recompute=False):
+        super().__init__()
+        self.network, self.images, self.rank = network, images, rank
+        self.precision, self.recompute = precision, recompute
+        self.norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def forward(self, images: Tensor, key: tuple[int, int, int]) -> dict[str, tuple[Tensor, Tensor]]:
+        shares = images.split(self.images)
+        outputs = []
+        for i in reversed(range(len(shares))):  # the first pass runs last, so that backward finds it in memory
+            arguments = shares[i], (*key, self.rank * len(shares) + i)
+            if self.recompute and i > 0:
+                output = checkpoint(self.run_pass, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                output = self.run_pass(*arguments)
+            outputs.insert(0, output)
+        return {
+            branch: tuple(torch.cat(tensors) for tensors in zip(*(output[branch] for output in outputs), strict=True))
+            for branch in outputs[0]
+        }
+
+    def run_pass(self, images: Tensor, key: tuple[int, ...]) -> dict[str, tuple[Tensor, Tensor]]:
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        for norm in self.norms:
+            norm.track_running_stats = key[-1] == 0
+        # Autocast for each pass: around all of them it would sum the gradients of its bf16 weights in bf16.
+        with torch.autocast(images.device.type, PRECISIONS[self.precision], enabled=self.precision != "float32"):
+            return self.network(augment(images))
+
+
+def main() -> None:
+    device, rank, processes = start_process()
+    inputs = [read_inputs(device, processes) if rank == 0 else None]
+    if processes > 1:
+        dist.broadcast_object_list(inputs)
+    args, splits, state = inputs[0]
+    output = Path(args.output)
+    untrained = state and state["untrained"]  # evaluation of the untrained network
+    history = state["history"] if state else []  # a record for each epoch
+
+    # data
     train = splits["train"]
     labels = train.labels.to(device)
     num_classes = int(labels.max()) + 1
     sampler = IdentitySampler(train.labels, args.ids_per_batch, args.images_per_id, args.seed, rank, processes)
-    torch.manual_seed(args.seed)
-    # DDP copies the first process's network to the others, and a checkpoint has its own weights.
-    needs_weights = args.weights != "none" and rank == 0 and not resumed
-    network = SONANet(num_classes, args.sona, args.drop, args.weights if needs_weights else None)
+
+    def batches() -> Iterable[list[int]]:  # of all epochs to come, so that the loader reads ahead from one to the next
+        for epoch in range(len(history), args.epochs):
+            sampler.set_epoch(epoch)
+            yield from sampler
+
     loader = DataLoader(
         ImageDataset(train.paths, args.height, args.width),
-        batch_sampler=sampler,
+        batch_sampler=batches(),
         num_workers=args.workers,
-        persistent_workers=args.workers > 0,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # else the loader draws its workers' seeds from the epoch's randomness
     )
 
-    if args.sync_bn:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    # network
+    torch.manual_seed(args.seed)
+    needs_weights = args.weights != "none" and rank == 0 and not state  # DDP copies them to the other processes
+    network = SONANet(num_classes, args.sona, args.drop, args.weights if needs_weights else None)
     network.to(device, memory_format=torch.channels_last)
-    # Sec. 3.2. Not in the paper: weight decay 5e-4, as Adam's L2 term.
-    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, weight_decay=5e-4, fused=True)
-    untrained, history = None, []  # evaluation of the untrained network; a record for each epoch
-    if resumed:
-        untrained, history = load_checkpoint(checkpoint_path, vars(args), num_classes, network, optimizer)
-    if args.amp is None:
-        args.amp = bf16_pays(device)
-    found = gather(torch.tensor([[len(history), len(train.paths)]], device=device))  # (processes, 2)
-    if (found != found[0]).any():
-        raise DataError(f"the nodes do not find the same checkpoint or data; they must share {output} and the data")
-    if args.compile:
-        network.compile()
-    model = DistributedDataParallel(network) if processes > 1 else network
+    # Sec. 3.2. Not in the paper: weight decay 5e-4, as Adam's L2 term; none on theta, whose gains it would shrink until
+    # SONA attends to all positions alike.
+    theta = [parameter for name, parameter in network.named_parameters() if ".theta." in name]
+    others = [parameter for name, parameter in network.named_parameters() if ".theta." not in name]
+    groups = [{"params": others}, {"params": theta, "weight_decay": 0}]
+    optimizer = torch.optim.Adam(groups, lr=args.lr, weight_decay=5e-4, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    if state:
+        network.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    compiled = torch.compile(network) if args.compile else network
+    model = Passes(compiled, args.images_per_pass, rank, args.precision, args.recompute)
+    if processes > 1:
+        model = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+    def measure() -> dict[str, float]:
+        if processes > 1:  # the first process's batch-norm statistics are the run's
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
+        return evaluate(network, splits["query"], splits["gallery"], args.height, args.width, args.workers)[1].figures()
+
+    about = {"num_classes": num_classes, "settings": vars(args)}  # what rebuilds the network
+    saved, duration = -math.inf, 0.0  # when the last checkpoint was written, and how long it took
+
+    def save() -> None:
+        nonlocal saved, duration
+        if rank == 0:
+            start = time.perf_counter()
+            training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            records = {"untrained": untrained, "history": history}
+            state = {"model": network.state_dict(), **about, **training, **records}
+            write_whole(output / "last.pt", lambda file: torch.save(state, file))
+            saved = time.perf_counter()
+            duration = saved - start
+
+    def log() -> None:
+        if rank == 0:
+            lines = "".join(json.dumps(record) + "\n" for record in history)
+            write_whole(output / "log.jsonl", lambda file: file.write(lines.encode()))
 
     print(describe(args.dataset, splits))
     parameters = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    share = min(args.images_per_pass, args.ids_per_batch * args.images_per_id // processes)
     print(
-        f"SONA {args.sona}, drop {args.drop}: {parameters:.1f} M parameters, {args.height} x {args.width}, "
-        f"{processes} x {device.type}, {'bf16' if args.amp else 'float32'}\n"
+        f"SONA {args.sona}, drop {args.drop}: {parameters:.1f} M parameters, images of {args.height} x {args.width}\n"
+        f"{processes} x {device.type}, {args.precision}, {share} images a pass\n"
     )
-    if rank == 0:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "log.jsonl").touch()
-            for scratch in output.glob("*.pt.*.tmp"):  # of a process that was killed
-                scratch.unlink()
-        except OSError as error:
-            raise DataError(f"cannot write to {output}: {error.strerror}; choose another folder by --output") from error
+    if rank == 0 and not (output / "args.json").exists():
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(output / "args.json", lambda file: file.write(json.dumps(vars(args), indent=2).encode()))
 
-    def measure() -> dict[str, float]:
-        if processes > 1:  # not in the paper: each normalises its own images, and the first one's statistics are kept
-            for buffer in network.buffers():
-                dist.broadcast(buffer, 0)
-        options = {"height": args.height, "width": args.width, "workers": args.workers, "amp": args.amp}
-        return evaluate(network, splits["query"], splits["gallery"], **options)[1].figures()
-
-    about = {"num_classes": num_classes, "settings": vars(args)}  # what rebuilds the network
-
-    def save() -> None:
-        if rank == 0:
-            write_whole(output / "log.jsonl", "".join(json.dumps(record) + "\n" for record in history).encode())
-            training = {"optimizer": optimizer.state_dict(), "untrained": untrained, "history": history}
-            write_whole(checkpoint_path, serialized({"model": network.state_dict(), **about, **training}))
-
+    # training loop
     if args.eval_every and not history:
         untrained = measure()
         print(f"untrained    {summary(untrained)}\n")
     print(f"{'global branch':>32}{'local branch':>22}")
     print(f"epoch    loss{' triplet  x-ent    acc' * 2}       lr  img/s  left")
+    images = iter(loader)
     for epoch in range(len(history), args.epochs):
-        seed_epoch(args.seed, epoch, rank)
-        sampler.set_epoch(epoch)
         lr = learning_rate(epoch, args.epochs, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         start = time.perf_counter()
-        parts = train_epoch(model, loader, labels, optimizer, args.margin, args.amp)
+        steps = islice(images, len(sampler))
+        parts = train_epoch(model, steps, labels, optimizer, scaler, args.margin, (args.seed, epoch))
         seconds = time.perf_counter() - start
         if not math.isfinite(parts["loss"]):
-            raise DataError(
-                f"the loss of epoch {epoch} is {parts['loss']}; {output} keeps the epochs before it, if any. "
-                "Start anew with a lower --lr, or with --no-amp"
+            sys.exit(
+                f"error: the loss of epoch {epoch} is {parts['loss']}; {output} keeps the last checkpoint before it, "
+                "if any. Start anew with a lower --lr, or with --precision float32"
+                if rank == 0
+                else 1
             )
-        images_per_second = len(loader) * args.ids_per_batch * args.images_per_id / seconds
+        images_per_second = len(sampler) * args.ids_per_batch * args.images_per_id / seconds
         hours = seconds * (args.epochs - epoch - 1) / 3600
         left = f"{hours:.1f}h" if hours >= 1 else f"{60 * hours:.1f}m"
         cells = "".join(
@@ -203,52 +340,52 @@ def main() -> None:
             record |= measure()
             print(f"             {summary(record)}")
         history.append(record)
-        save()
+        log()
+        if epoch + 1 == args.epochs or time.perf_counter() - saved >= 50 * duration:  # 2 % of the time at most
+            save()
 
     if "mean_ap" not in history[-1]:
         history[-1] |= measure()
+        log()
         save()
     if rank == 0:
-        write_whole(output / "model.pt", serialized({"model": network.state_dict(), **about}))
+        write_whole(output / "model.pt", lambda file: torch.save({"model": network.state_dict(), **about}, file))
     print()
     if untrained:
         print(f"untrained    {summary(untrained)}")
     print(f"trained      {summary(history[-1])}\n\nthe run is in {output}")
-
-
-def seed_epoch(seed: int, epoch: int, rank: int) -> None:
-    """Make an epoch's flips, cutouts and drop masks a function of seed, epoch and process alone, resumed or not."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0]))
+    if processes > 1:
+        dist.destroy_process_group()
 
 
 def train_epoch(
     model: nn.Module,
-    loader: DataLoader,
+    batches: Iterable[tuple[Tensor, Tensor]],
     labels: Tensor,
     optimizer: torch.optim.Optimizer,
-    margin: float | None = None,
-    amp: bool = False,
+    scaler: torch.amp.GradScaler,
+    margin: float | None,
+    key: tuple[int, int],
 ) -> dict[str, float]:
     """One epoch of steps; returns the means of branch_losses' parts, over the steps and the processes.
 
-    labels (N,) are the classes of the loader's images, on the device to train on.
+    batches are of ImageDataset's images and indices; labels (N,) are the classes of all its images, on the device
+    to train on; key is (seed, epoch).
     """
     model.train()
     sums = {}
-    for step, (images, indices) in enumerate(loader, 1):
-        images = augment(images.to(labels.device, non_blocking=True))
-        targets = labels[indices.to(labels.device, non_blocking=True)]
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=amp):  # not in the paper; losses in float32
-            outputs = model(images)
-        loss, parts = branch_losses(outputs, targets, margin)
+    for step, (images, indices) in enumerate(batches):
+        outputs = model(images.to(labels.device, non_blocking=True), (*key, step))
+        loss, parts = branch_losses(outputs, labels[indices.to(labels.device, non_blocking=True)], margin)
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         for name, value in parts.items():  # stays on the device: nothing waits for it until the epoch's end
             sums[name] = sums.get(name, 0) + value
         if sys.stdout.isatty():
-            print(f"\r  step {step} of {len(loader)}", end="\r", flush=True)
-    means = torch.stack(list(sums.values())) / len(loader)
+            print(f"\r  step {step + 1}", end="\r", flush=True)
+    means = torch.stack(list(sums.values())) / (step + 1)
     if dist.is_initialized():
         dist.all_reduce(means)
         means /= dist.get_world_size()
@@ -269,52 +406,43 @@ def collapsed(parts: dict[str, float], num_classes: int, margin: float | None = 
     )
 
 
-def serialized(state: dict) -> memoryview:
-    """What torch.save would write of a state."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getbuffer()
+def load_checkpoint(path: Path, num_classes: int) -> dict:
+    """What a run's save wrote. Ends the program where that is damaged or of other data."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        known = state["num_classes"]
+        if not {"model", "optimizer", "scaler", "untrained", "history"} <= state.keys():
+            raise KeyError
+    except Exception:  # what a damaged file raises depends on where it is damaged
+        sys.exit(f"error: {path} is damaged or no checkpoint of train.py; remove its folder to start afresh")
+    if known != num_classes:
+        sys.exit(f"error: {path} knows {known} identities, the training set has {num_classes}")
+    return state
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file so that at any moment path holds a whole one, the former or this. Raises DataError."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that at any moment path holds a whole one, the former or this. Ends the program if it cannot."""
+    scratch = path.with_name(f"{path.name}.tmp")
     try:
         with open(scratch, "wb") as file:
-            file.write(content)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save's own is a RuntimeError
         scratch.unlink(missing_ok=True)
-        raise DataError(
-            f"cannot write {path}: {error.strerror}; what it held before is kept. Make room, then go on by --resume"
-        ) from error
-
-
-def load_checkpoint(
-    path: Path, settings: dict, num_classes: int, network: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict | None, list[dict]]:
-    """Load a checkpoint into network and optimizer; returns the untrained network's figures and the epochs' records.
-
-    A precision that settings leave open (amp None) becomes the run's. Raises DataError if the checkpoint is damaged
-    or of another run.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if settings["amp"] is None:  # then as the run began, wherever that was
-            settings["amp"] = checkpoint["settings"]["amp"]
-        differing = differences(checkpoint["settings"], settings)
-        if not differing and checkpoint["num_classes"] == num_classes:
-            network.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            return checkpoint["untrained"], list(checkpoint["history"])
-    except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise DataError(f"{path} is damaged or no checkpoint of train.py; remove it to start afresh") from error
-    if differing:
-        raise DataError(f"{path} is of a run with other settings, then and now: {differing}")
-    raise DataError(f"{path} knows {checkpoint['num_classes']} identities, the training set has {num_classes}")
+        sys.exit(f"error: cannot write {path}: {error}; what it held is kept. Make room, then go on by --resume")
 
 
 if __name__ == "__main__":
-    run_program(main, after_stop="; the same command with --resume goes on")
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command with --resume goes on")
+    except (DataError, WeightsError) as error:
+        sys.exit(f"error: {one_line(error)}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: {error} Train with --recompute, or with a smaller --images-per-pass")
+    except RuntimeError as error:  # gloo's, where another process has ended and told why
+        sys.exit(1) if "by peer" in str(error) else None
+        raise

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors of SONA-Net in plain PyTorch
 """Data of SONA-Net (Xia et al., ICCV 2019): re-ID sets, the identity sampler, augmentation, a toy to draw.
 
 Usage:
@@ -27,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 class Source(NamedTuple):
@@ -98,8 +100,7 @@ def load_dataset(name: str, data_dir: str | Path) -> dict[str, Split]:
     root = next((folder for folder in candidates if folder.is_dir()), None)
     if root is None:
         raise DataError(
-            f"{name} is not there: no folder {' or '.join(map(str, candidates))}; README.md says where to get it, "
-            "--data-dir where it lies"
+            f"{name} is not there: no folder {' or '.join(map(str, candidates))}; README.md says where to get it"
         )
     splits = {split: read_split(root / folder) for split, folder in FOLDERS.items()}
     query, gallery = splits["query"], splits["gallery"]
@@ -307,9 +308,7 @@ def draw_toy(folder: Path) -> None:
             with suppress(OSError):  # another process was faster
                 toy.rename(folder)
     except OSError as error:
-        raise DataError(
-            f"cannot draw the toy in {folder.parent}: {error.strerror}; choose another --data-dir"
-        ) from error
+        raise DataError(f"cannot draw the toy in {folder.parent}: {error.strerror}; choose another folder") from error
 
 
 def draw_pedestrian(person: int, camera: int, image: int) -> Image.Image:

@@ -1,9 +1,12 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors of SONA-Net in plain PyTorch
 """Evaluate trained runs of SONA-Net (Xia et al., ICCV 2019): CMC and mAP, single query, no re-ranking (Sec. 3.3).
 
 Usage:
     python evaluate.py runs/toy                               # mAP and Rank-1, 5, 10 on the run's own data set
     python evaluate.py runs/market --dataset dukemtmc         # on another one
     python evaluate.py runs/a runs/b runs/c runs/d            # the paper's mean and standard deviation of four runs
+    python evaluate.py runs/a runs/b --curves curves.png      # losses, learning rate and mAP over the epochs (Sec. 3.4)
     python evaluate.py runs/toy --ranking ranking.png         # queries with their nearest gallery images, to look at
     python evaluate.py runs/toy --attention attention.png     # Fig. 3
     python evaluate.py runs/toy --time                        # Sec. 3.5
@@ -11,11 +14,11 @@ Usage:
 """
 
 import argparse
+import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +33,7 @@ from torchvision.utils import make_grid
 
 from data import DATASETS, EXTENSIONS, DataError, ImageDataset, Split, describe, load_dataset, normalize, read_image
 from losses import gather
-from model import SONA, SONANet
+from model import SONA, SONANet, WeightsError
 
 
 class Ranking(NamedTuple):
@@ -125,6 +128,10 @@ def summary(figures: dict[str, float]) -> str:
     return "  ".join(f"{name}{100 * figures[key]:7.2f}" for key, name in names.items())
 
 
+# ---------------------------------------------------------------------------------------------------
+# Features and runs
+
+
 @torch.inference_mode()
 def extract_features(network: nn.Module, paths: list[str], height: int, width: int, workers: int = 0) -> np.ndarray:
     """(N, 1536) test embeddings of image files: the mean over an image and its mirror image (Sec. 3.2).
@@ -169,23 +176,171 @@ def evaluate(
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[SONANet, dict]:
     """The trained network of a run's folder, in eval mode, and the settings it was trained with.
 
-    Raises DataError where the folder holds no finished run or a damaged one.
+    Raises WeightsError where the folder holds no finished run or a damaged one.
     """
     path = Path(run, "model.pt")
     if not path.is_file():
         unfinished = Path(run, "last.pt").is_file()
         hint = "its training has not ended; finish it with train.py --resume" if unfinished else "train.py makes one"
-        raise DataError(f"{run} is not the folder of a finished run: no {path.name} in it; {hint}")
+        raise WeightsError(f"{run} is not the folder of a finished run: no {path.name} in it; {hint}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         settings = saved["settings"]
         network = SONANet(saved["num_classes"], settings["sona"], settings["drop"])
         network.load_state_dict(saved["model"])
     except ValueError as error:  # a variant that this model.py does not know
-        raise DataError(f"{path}: {error}") from error
+        raise WeightsError(f"{path}: {error}") from error
     except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise DataError(f"{path} is damaged or not a model of train.py; copy or train it again") from error
+        raise WeightsError(f"{path} is damaged or not a model of train.py; copy or train it again") from error
     return network.to(device, memory_format=torch.channels_last).eval(), settings
+
+
+# ---------------------------------------------------------------------------------------------------
+# Command line
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, which in a job may be fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def one_line(error: Exception) -> str:
+    """An error's message. From a worker process its traceback comes first, and the error's name."""
+    return str(error).splitlines()[-1].removeprefix("data.DataError: ")
+
+
+# Settings in which a run and its resumption may differ, and so may runs to average.
+CHANGEABLE = {"data_dir", "output", "workers", "eval_every", "resume", "recompute"}
+
+
+def differences(first: dict, second: dict, free: set[str] = CHANGEABLE) -> str:
+    """The flags in which two runs' settings differ, but for the free ones; empty if in none."""
+    return "; ".join(
+        f"--{name.replace('_', '-')} {first.get(name)} and {value}"
+        for name, value in second.items()
+        if name not in free and first.get(name) != value
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s RUN [RUN ...] [flags; --help lists them]",
+        description="Evaluate trained runs: mAP and CMC, single query, no re-ranking.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder; of several, mean and deviation follow")
+    parser.add_argument("--dataset", choices=DATASETS, help="rank another set than the run's own")
+    parser.add_argument("--data-dir", help="where the data sets' folders lie [as in the run's training]")
+    workers = "processes that read images [%(default)s]"
+    parser.add_argument("--workers", type=int, default=min(4, usable_cores()), help=workers)
+    parser.add_argument("--ranking", metavar="PNG", help="draw queries with their nearest images")
+    parser.add_argument("--features", metavar="NPZ", help="save embeddings with paths, identities and cameras")
+    parser.add_argument("--seed", type=int, default=0, help="which queries the pictures show [%(default)s]")
+
+    photos = parser.add_argument_group("your own photos, crops of one person each, instead of a data set")
+    photos.add_argument("--query", nargs="+", metavar="IMAGE", help="search for these, or show their --attention")
+    photos.add_argument("--gallery", metavar="FOLDER", help="where to search, with its subfolders")
+
+    instead = parser.add_argument_group("instead of a ranking").add_mutually_exclusive_group()
+    instead.add_argument("--attention", metavar="PNG", help="draw SONA's attention, as in Fig. 3")
+    instead.add_argument("--curves", metavar="PNG", help="draw the training of runs, and compare their losses")
+    instead.add_argument("--time", action="store_true", help="time the network with SONA and without, as in Sec. 3.5")
+    args = parser.parse_args()
+
+    for path, ending in (
+        (args.ranking, ".png"),
+        (args.attention, ".png"),
+        (args.curves, ".png"),
+        (args.features, ".npz"),
+    ):
+        if path and (Path(path).suffix != ending or not Path(path).parent.is_dir()):
+            parser.error(f"{path}: must end in {ending} and lie in a folder that exists")
+    ranked = args.ranking or args.features or args.gallery
+    if ranked and (args.time or args.attention or args.curves):
+        parser.error("--ranking, --features and --gallery do not go with --time, --attention or --curves")
+    if len(args.runs) > 1 and (ranked or args.time or args.attention):
+        parser.error("--ranking, --features, --gallery, --attention and --time take one RUN")
+    if args.query and args.dataset:
+        parser.error("--query takes the place of a data set; leave out --dataset")
+    if bool(args.query) != bool(args.gallery or args.query and args.attention):
+        parser.error("--query and --gallery go together")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.curves:
+        draw_curves(args.runs).save(args.curves)
+        print(f"wrote {args.curves}")
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True
+    runs = [load_run(run, device) for run in args.runs]
+    network, settings = runs[0]
+    for run, (_, other) in zip(args.runs, runs, strict=True):
+        if differing := differences(settings, other, CHANGEABLE | {"seed"}):
+            sys.exit(f"error: {args.runs[0]} and {run} are not runs of one configuration: {differing}")
+    if (args.time or args.attention) and not any(isinstance(module, SONA) for module in network.modules()):
+        sys.exit(f"error: {args.runs[0]} has no SONA module to time or to draw")
+    size = {key: settings[key] for key in ("height", "width")}
+    if args.time:
+        print_times(network, **size)
+        return
+
+    if args.query:
+        query = unlabelled(args.query, camera=0)
+        gallery = unlabelled(images_in(args.gallery), camera=1) if args.gallery else None
+    else:
+        name = args.dataset or settings["dataset"]
+        splits = load_dataset(name, args.data_dir or settings["data_dir"])
+        query, gallery = splits["query"], splits["gallery"]
+    if args.attention:
+        paths = args.query or two_views(query, gallery, args.seed)
+        draw_attention(network, paths, **size).save(args.attention)
+        print(f"wrote {args.attention}")
+        return
+
+    options = size | {"workers": args.workers}
+    if args.query:
+        features, ranking = [extract_features(network, split.paths, **options) for split in (query, gallery)], None
+        for i, path in enumerate(query.paths):
+            print(path)
+            for j, distance in zip(*nearest(i, query, gallery, features), strict=True):
+                print(f"{distance:10.3f}  {gallery.paths[j]}")
+    else:
+        print(describe(name, splits) + "\n")
+        figures = []
+        for run, (network, _) in zip(args.runs, runs, strict=True):
+            features, ranking = evaluate(network, query, gallery, **options)
+            figures.append(ranking.figures())
+            print(f"{run:<22}  {summary(figures[-1])}")
+        if len(runs) > 1:  # the deviation is the population's, as the paper's seem to be
+            for title, function in (("mean", np.mean), ("standard deviation", np.std)):
+                print(f"{title:<22}  {summary({key: function([f[key] for f in figures]) for key in figures[0]})}")
+    if args.features:
+        arrays = {}
+        for side, split, x in zip(("query", "gallery"), (query, gallery), features, strict=True):
+            arrays |= {f"{side}_{key}": value for key, value in {"features": x, **split._asdict()}.items()}
+        np.savez(args.features, **arrays)
+        print(f"wrote {args.features}")
+    if picture := args.ranking or args.query and f"{args.runs[0]}/ranking.png":
+        draw_ranking(query, gallery, features, ranking, args.seed).save(picture)
+        print(f"wrote {picture}")
+
+
+def unlabelled(paths: list[str], camera: int) -> Split:
+    """Photos without identities; queries and gallery are of two cameras, so that nothing is left out."""
+    return Split(paths, np.full(len(paths), -1), np.full(len(paths), camera))
+
+
+def images_in(folder: str) -> list[str]:
+    """The image files of a folder and its subfolders; prints how many others it passes over. Raises DataError."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    paths = sorted(str(path) for path in files if path.suffix.lower() in EXTENSIONS and path.name[0] != ".")
+    if not paths:
+        raise DataError(f"{folder} is no folder with images ({', '.join(EXTENSIONS)})")
+    if len(paths) < len(files):
+        print(f"{folder}: {len(files) - len(paths)} files are no images ({', '.join(EXTENSIONS)}) and passed over")
+    return paths
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -215,6 +370,17 @@ def print_times(network: SONANet, height: int, width: int, runs: int = 10) -> No
         print(f"{batch:>2} at a time {cells}{mean[0] / mean[1]:>9.3f}")
 
 
+@torch.inference_mode()
+def sona_input(network: nn.Module, images: Tensor) -> tuple[SONA, Tensor]:
+    """The network's first SONA module, and its input (B, C, h, w) for normalised images (B, 3, height, width)."""
+    sona = next(module for module in network.modules() if isinstance(module, SONA))
+    inputs = []
+    hook = sona.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    network(images)
+    hook.remove()
+    return sona, inputs[0]
+
+
 POINTS = {  # reference points like those of Fig. 3, as shares of height and width
     "head": (0.1, 0.5),
     "torso": (0.33, 0.5),
@@ -224,35 +390,52 @@ POINTS = {  # reference points like those of Fig. 3, as shares of height and wid
 }
 
 
-@torch.inference_mode()
-def draw_attention(network: SONANet, paths: list[str], height: int, width: int) -> Image.Image:
-    """Fig. 3: a row an image, a column a point of POINTS (green); red, the fifth of the map it attends to most.
+def two_views(query: Split, gallery: Split, seed: int = 0, people: int = 4) -> list[str]:
+    """Images of some people, each seen from two cameras, as in Fig. 3."""
+    paths = []
+    for i in np.random.default_rng(seed).permutation(np.unique(query.ids, return_index=True)[1]):
+        others = np.flatnonzero((gallery.ids == query.ids[i]) & (gallery.cams != query.cams[i]))
+        if len(others):
+            paths += [query.paths[i], gallery.paths[others[0]]]
+    return paths[: 2 * people]
 
-    Of several SONA modules it shows the first.
+
+@torch.inference_mode()
+def draw_attention(network: nn.Module, paths: list[str], height: int, width: int) -> Image.Image:
+    """Fig. 3: a row an image, a column a point of POINTS (green), and what it attends to: of several modules the first.
+
+    Red where a weight is more than the uniform one, 1 / HW, and blue where it is less, in full colour from twice and
+    half of it on: the same scale for all tiles. Below a tile its strongest weight, as a multiple of the uniform one.
     """
-    sona = next(module for module in network.modules() if isinstance(module, SONA))
     device = next(network.parameters()).device
-    inputs = []
-    hook = sona.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     tiles = []
     for path, (pixels, _) in zip(paths, ImageDataset(paths, height, width), strict=True):
-        network(normalize(pixels[None].to(device)))
-        x = inputs.pop()
+        sona, x = sona_input(network, normalize(pixels[None].to(device)))
         rows, columns = x.shape[2:]
-        attention = sona.attention(x)[0].cpu().view(rows, columns, rows, columns)
+        weights = rows * columns * sona.attention(x)[0].cpu()  # (HW, HW), 1 if uniform
         image = thumbnail(path)
-        red = Image.new("RGB", TILE, "red")
         tiles.append(tile(image, "white", Path(path).stem[:15]))
         for name, (top, left) in POINTS.items():
-            heat = attention[int(top * rows), int(left * columns)]
-            weakest = heat.quantile(0.8)
-            heat = ((heat - weakest) / (heat.max() - weakest).clamp(min=1e-12)).clamp(min=0)
-            mask = TF.to_pil_image(0.8 * heat[None]).resize(TILE, Image.Resampling.BILINEAR)
-            picture = Image.composite(red, image, mask)
+            weight = weights[int(top * rows) * columns + int(left * columns)].view(1, rows, columns)
+            strength = weight.log2().clamp(-1, 1)
+            picture = image
+            for colour, part in (("red", strength), ("blue", -strength)):
+                mask = TF.to_pil_image(0.8 * part.clamp(min=0)).resize(TILE, Image.Resampling.BILINEAR)
+                picture = Image.composite(Image.new("RGB", TILE, colour), picture, mask)
             ImageDraw.Draw(picture).circle((left * TILE[0], top * TILE[1]), 5, "#20e040", "black")
-            tiles.append(tile(picture, "white", name))
-    hook.remove()
-    return sheet(tiles, 1 + len(POINTS), "SONA's attention: red, where the green point attends most")
+            tiles.append(tile(picture, "white", f"{name}\nup to {weight.max():.2f} x"))
+    title = "SONA's attention at the green point, as a multiple of the uniform weight:"
+    picture = sheet(tiles, 1 + len(POINTS), title)
+    draw = ImageDraw.Draw(picture)
+    for i, (share, text) in enumerate(((-1, "1/2"), (-0.5, "0.7"), (0, "1"), (0.5, "1.4"), (1, "2"))):
+        colour = Image.blend(
+            Image.new("RGB", (1, 1), "#909090"),
+            Image.new("RGB", (1, 1), "red" if share > 0 else "blue"),
+            0.8 * abs(share),
+        )
+        draw.rectangle((490 + 34 * i, 8, 522 + 34 * i, 24), colour.getpixel((0, 0)))
+        draw.text((506 + 34 * i, 16), text, "white", font_size=12, anchor="mm")
+    return picture
 
 
 def nearest(
@@ -295,28 +478,80 @@ def draw_ranking(
         return sheet(tiles, 11, "each query (blue) with its ten nearest images, and the distance")
     title = "five queries at random, then the five of lowest AP (blue), each with its ten nearest images: green the "
     picture = sheet(tiles, 11, title + "same person, red another; below, the distance")
-    picture = ImageOps.expand(picture, (0, 0, 420, 0), "white")
-    picture.paste(draw_cmc(ranking), (picture.width - 420, 0))
+    picture = ImageOps.expand(picture, (0, 0, CHART[0], 0), "white")
+    curve = [(rank, 100 * share) for rank, share in enumerate(ranking.cmc[:20], 1)]
+    title = f"% of queries with a match up to a rank; mAP {100 * ranking.mean_ap:.2f}"
+    picture.paste(draw_chart(title, [curve], (0, 100)), (picture.width - CHART[0], 0))
     return picture
 
 
-def draw_cmc(ranking: Ranking) -> Image.Image:
-    """The CMC curve up to rank 20, 420 x 380 pixels."""
-    image = Image.new("RGB", (420, 380), "white")
+CHART = (420, 300)  # width and height of a chart
+COLOURS = ["#3060c0", "#d07020", "#20a040", "#a03090", "#808080", "#b0a000", "#008080", "#c03030"]
+
+
+def draw_chart(
+    title: str, curves: list[list[tuple[float, float]]], span: tuple[float, float] | None = None
+) -> Image.Image:
+    """Curves of (x, y) points, one of COLOURS each, over the span of y, or as much as they need."""
+    image = Image.new("RGB", CHART, "white")
     draw = ImageDraw.Draw(image)
+    points = [point for curve in curves for point in curve]
+    (left, low), (right, high) = (np.min(points, 0), np.max(points, 0)) if points else ((0, 0), (1, 1))
+    low, high = span or (min(low, 0), high or 1)
 
-    def at(rank: float, percent: float) -> tuple[float, float]:
-        return 60 + 320 * (rank - 1) / 19, 330 - 2.8 * percent
+    def at(x: float, y: float) -> tuple[float, float]:
+        return 60 + 340 * (x - left) / max(right - left, 1), 270 - 240 * (y - low) / (high - low)
 
-    for percent in range(0, 101, 20):
-        draw.line((at(1, percent), at(20, percent)), "#d0d0d0")
-        draw.text((52, at(1, percent)[1]), f"{percent} %", "black", font_size=13, anchor="rm")
-    for rank in (1, 5, 10, 15, 20):
-        draw.line((at(rank, 0), at(rank, 100)), "#d0d0d0")
-        draw.text((at(rank, 0)[0], 338), str(rank), "black", font_size=13, anchor="mt")
-    draw.line([at(rank, 100 * share) for rank, share in enumerate(ranking.cmc[:20], 1)], "#3060c0", width=3)
-    draw.text((60, 8), f"queries with a match up to a rank; mAP {100 * ranking.mean_ap:.2f}", "black", font_size=14)
+    for i in range(5):
+        y = low + (high - low) * i / 4
+        draw.line((at(left, y), at(right, y)), "#d0d0d0")
+        draw.text((54, at(left, y)[1]), f"{y:.3g}", "black", font_size=12, anchor="rm")
+        x = round(left + (right - left) * i / 4)
+        draw.text((at(x, low)[0], 276), str(x), "black", font_size=12, anchor="mt")
+    for curve, colour in zip(curves, COLOURS * len(curves), strict=False):
+        draw.line([at(*point) for point in curve], colour, width=2)
+    draw.text((60, 8), title, "black", font_size=14)
     return image
+
+
+def draw_curves(runs: list[str]) -> Image.Image:
+    """The losses, the learning rate and mAP of runs over their epochs (Sec. 3.4), finished or not.
+
+    Prints each run's average loss, and by how much it differs from the first one's. Raises DataError.
+    """
+    settings, logs = [], []
+    for run in runs:
+        try:
+            settings.append(json.loads(Path(run, "args.json").read_text()))
+            logs.append([json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()])
+        except (OSError, ValueError) as error:
+            raise DataError(f"{run} is no folder of a run that has been trained for an epoch: {error}") from error
+    free = CHANGEABLE if len(runs) > 1 else set(settings[0])
+    flags = [key for key in settings[0] if key not in free and any(s.get(key) != settings[0][key] for s in settings)]
+    names = [
+        run + "".join(f"  --{flag.replace('_', '-')} {s.get(flag)}" for flag in flags)
+        for run, s in zip(runs, settings, strict=True)
+    ]
+    averages = [np.mean([record["loss"] for record in log]) for log in logs]
+    for name, log, average in zip(names, logs, averages, strict=True):
+        print(f"{name}\n  average loss of {len(log)} epochs {average:.4f} ({average / averages[0] - 1:+.2%})")
+
+    charts = {
+        f"{branch}_{part}": f"{branch} branch, {part.replace('_', '-')}"
+        for branch in ("global", "local")
+        for part in ("triplet", "cross_entropy")
+    }
+    charts |= {"mean_ap": "mAP", "lr": "learning rate"}
+    order = ["global_triplet", "global_cross_entropy", "mean_ap", "local_triplet", "local_cross_entropy", "lr"]
+    picture = Image.new("RGB", (3 * CHART[0], 2 * CHART[1] + 10 + 20 * len(runs)), "white")
+    for i, key in enumerate(order):
+        points = [[(record["epoch"], record[key]) for record in log if key in record] for log in logs]
+        picture.paste(draw_chart(charts[key], points), (i % 3 * CHART[0], i // 3 * CHART[1]))
+    for i, name in enumerate(names):
+        y = 2 * CHART[1] + 10 + 20 * i
+        ImageDraw.Draw(picture).line((60, y, 90, y), COLOURS[i % len(COLOURS)], width=3)
+        ImageDraw.Draw(picture).text((100, y), name, "black", font_size=14, anchor="lm")
+    return picture
 
 
 TILE = (96, 192)  # width and height of an image on a sheet
@@ -342,157 +577,10 @@ def sheet(tiles: list[Tensor], columns: int, title: str) -> Image.Image:
     return image
 
 
-# ---------------------------------------------------------------------------------------------------
-# Command line
-
-
-def usable_cores() -> int:
-    """The cores that this process may use, which in a job or a container may be fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def one_line(error: Exception) -> str:
-    """An error's message. From a worker process its traceback comes first, and the error's name."""
-    return str(error).splitlines()[-1].removeprefix("data.DataError: ")
-
-
-# Settings in which a run and its resumption may differ, and so may runs to average.
-CHANGEABLE = {"data_dir", "output", "workers", "eval_every", "resume", "recompute"}
-
-
-def differences(first: dict, second: dict, free: set[str] = CHANGEABLE) -> str:
-    """The flags in which two runs' settings differ, but for the free ones; empty if in none."""
-    return "; ".join(
-        f"--{name.replace('_', '-')} {first.get(name)} and {value}"
-        for name, value in second.items()
-        if name not in free and first.get(name) != value
-    )
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s RUN [RUN ...] [flags; --help lists them]",
-        description="Evaluate trained runs: mAP and CMC, single query, no re-ranking.",
-    )
-    add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="a run's folder; of several, mean and standard deviation follow")
-    add("--dataset", choices=DATASETS, help="rank another set than the run's own")
-    add("--data-dir", help="where the data sets' folders lie [as in the run's training]")
-    add("--workers", type=int, default=min(4, usable_cores()), help="processes that read images [%(default)s]")
-
-    add = parser.add_argument_group("your own photos, crops of one person each, instead of a data set").add_argument
-    add("--query", nargs="+", metavar="IMAGE", help="rank the gallery for these; also what --attention shows")
-    add("--gallery", metavar="FOLDER", help="where to search, with its subfolders")
-
-    add = parser.add_argument_group("more of one run").add_argument
-    add("--ranking", metavar="PNG", help="draw queries with their nearest images [RUN/ranking.png with --query]")
-    add("--features", metavar="NPZ", help="save embeddings with paths, identities and cameras")
-    add("--attention", metavar="PNG", help="only draw SONA's attention, as in Fig. 3")
-    add("--time", action="store_true", help="only time the network with and without SONA, as in Sec. 3.5")
-    add("--seed", type=int, default=0, help="which queries the pictures show [%(default)s]")
-    args = parser.parse_args()
-    for path, ending in ((args.ranking, ".png"), (args.attention, ".png"), (args.features, ".npz")):
-        if path and (Path(path).suffix != ending or not Path(path).parent.is_dir()):
-            parser.error(f"{path}: must end in {ending} and lie in a folder that exists")
-    asked = [args.time, args.attention, args.ranking or args.features or args.gallery]
-    if len(args.runs) > 1 and any(asked):
-        parser.error("--ranking, --features, --attention, --time and --gallery take one RUN")
-    if sum(map(bool, asked)) > 1:
-        parser.error("--time, --attention and the rest (--ranking, --features, --gallery) exclude each other")
-    if args.time and (args.query or args.dataset):
-        parser.error("--time needs no images; leave out --query and --dataset")
-    if args.query and args.dataset:
-        parser.error("--query takes the place of a data set; leave out --dataset")
-    if args.gallery and not args.query or args.query and not (args.gallery or args.attention):
-        parser.error("--query and --gallery go together")
-    return args
-
-
-def main() -> None:
-    args = parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.benchmark = True
-    runs = [load_run(run, device) for run in args.runs]
-    network, settings = runs[0]
-    for run, (_, other) in zip(args.runs, runs, strict=True):
-        if differing := differences(settings, other, CHANGEABLE | {"seed"}):
-            sys.exit(f"error: {args.runs[0]} and {run} are not runs of one configuration: {differing}")
-    if (args.time or args.attention) and not any(isinstance(module, SONA) for module in network.modules()):
-        sys.exit(f"error: {args.runs[0]} has no SONA module to time or to draw")
-    size = {key: settings[key] for key in ("height", "width")}
-    if args.time:
-        print_times(network, **size)
-        return
-
-    if not args.query:
-        name = args.dataset or settings["dataset"]
-        splits = load_dataset(name, args.data_dir or settings["data_dir"])
-        query, gallery = splits["query"], splits["gallery"]
-    if args.attention:
-        paths = args.query or np.random.default_rng(args.seed).permutation(query.paths)[:8].tolist()
-        write(args.attention, draw_attention(network, paths, **size).save)
-        return
-
-    options = size | {"workers": args.workers}
-    if args.query:
-        query, gallery = unlabelled(args.query, 0), unlabelled(images_in(args.gallery), 1)
-        features, ranking = [extract_features(network, split.paths, **options) for split in (query, gallery)], None
-        for i, path in enumerate(query.paths):
-            print(path)
-            for j, distance in zip(*nearest(i, query, gallery, features), strict=True):
-                print(f"{distance:10.3f}  {gallery.paths[j]}")
-    else:
-        print(describe(name, splits) + "\n")
-        figures = []
-        for run, (network, _) in zip(args.runs, runs, strict=True):
-            features, ranking = evaluate(network, query, gallery, **options)
-            figures.append(ranking.figures())
-            print(f"{run:<22}  {summary(figures[-1])}")
-        if len(runs) > 1:  # the deviation is the population's, as the paper's seem to be
-            for title, function in (("mean", np.mean), ("standard deviation", np.std)):
-                print(f"{title:<22}  {summary({key: function([f[key] for f in figures]) for key in figures[0]})}")
-    if args.features:
-        arrays = {}
-        for side, split, x in zip(("query", "gallery"), (query, gallery), features, strict=True):
-            arrays |= {f"{side}_{key}": value for key, value in {"features": x, **split._asdict()}.items()}
-        write(args.features, lambda path: np.savez(path, **arrays))
-    if args.ranking or args.query:
-        picture = draw_ranking(query, gallery, features, ranking, args.seed)
-        write(args.ranking or f"{args.runs[0]}/ranking.png", picture.save)
-
-
-def unlabelled(paths: list[str], camera: int) -> Split:
-    """Photos without identities; queries and gallery are of two cameras, so that nothing is left out."""
-    return Split(paths, np.full(len(paths), -1), np.full(len(paths), camera))
-
-
-def images_in(folder: str) -> list[str]:
-    """The image files of a folder and its subfolders. Raises DataError if it has none."""
-    paths = sorted(
-        str(file)
-        for file in Path(folder).rglob("*")
-        if file.suffix.lower() in EXTENSIONS
-        and "/." not in f"/{file.relative_to(folder).as_posix()}"
-        and file.is_file()
-    )
-    if not paths:
-        raise DataError(f"{folder} is no folder with images ({', '.join(EXTENSIONS)})")
-    return paths
-
-
-def write(path: str, save: Callable[[str], None]) -> None:
-    """Save a file and say so. Raises DataError."""
-    try:
-        save(path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
-    print(f"wrote {path}")
-
-
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
         sys.exit("stopped")
-    except DataError as error:
+    except (DataError, WeightsError, OSError) as error:
         sys.exit(f"error: {one_line(error)}")

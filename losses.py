@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors of SONA-Net in plain PyTorch
 """The losses of SONA-Net (Xia et al., ICCV 2019): batch-hard triplet and label-smoothed cross-entropy, Sec. 2.1.
 
 Usage:

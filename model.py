@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors of SONA-Net in plain PyTorch
 """SONA-Net: second-order non-local attention networks for person re-identification (Xia et al., ICCV 2019).
 
 Fig. 2:

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors of SONA-Net in plain PyTorch
 """The paper's equations and this repository's promises, as tests: `pytest test_model.py`.
 
 In the order of the files: the network, the losses, the data, the schedule, the ranking, the programs.
@@ -880,7 +882,8 @@ def test_a_step_on_a_gpu_waits_for_no_value(sona, drop):
                 network = SONANet(10, sona, drop)
             images = torch.zeros(8, 3, 64, 32, dtype=torch.uint8, device="cuda")
             labels = torch.zeros(8, dtype=torch.int64, device="cuda")
-            outputs = Passes(network, 4, precision="fp16")(images, (0, 0, 0))
+            with mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False):
+                outputs = Passes(network, 4, precision="fp16")(images, (0, 0, 0))
             loss, parts = branch_losses(outputs, labels)
             assert {part.device.type for part in (loss, *parts.values())} == {"cuda"}
     finally:
@@ -1049,23 +1052,59 @@ def picture_tiles(picture, columns):
     ]
 
 
-def test_attention_is_drawn_red_where_the_green_point_attends(monkeypatch, tmp_path):
-    Image.new("RGB", (64, 128), (0, 0, 255)).save(tmp_path / "blue.png")
+def test_attention_is_drawn_on_one_scale_with_its_strength_in_numbers(monkeypatch, tmp_path):
+    Image.new("RGB", (64, 128), (0, 128, 0)).save(tmp_path / "green.png")
 
-    def attend_to_bottom_right(sona, x):
-        return F.one_hot(torch.tensor(x.shape[2] * x.shape[3] - 1)).float().expand(1, x.shape[2] * x.shape[3], -1)
+    def attend(sona, x):  # at the first row as much as uniform, then twice and more, last half and less
+        weight = torch.ones(x.shape[2:])
+        weight[-1], weight[-2] = 0.3, 2.5
+        return (weight.flatten() / weight.numel()).expand(1, weight.numel(), -1)
 
-    monkeypatch.setattr(SONA, "attention", attend_to_bottom_right)
-    picture = evaluate.draw_attention(SONANet(4).eval(), [str(tmp_path / "blue.png")] * 2, 64, 32)
+    written = []
+    monkeypatch.setattr(SONA, "attention", attend)
+    monkeypatch.setattr(evaluate, "tile", lambda *a, tile=evaluate.tile: written.append(a[2]) or tile(*a))
+    picture = evaluate.draw_attention(SONANet(4).eval(), [str(tmp_path / "green.png")] * 2, 64, 32)
     rows = picture_tiles(picture, 6)
     assert len(rows) == 2
     for row in rows:
-        assert tuple(row[0][190, 95]) == (0, 0, 255)  # the image itself
+        assert tuple(row[0][190, 95]) == (0, 128, 0)  # the image itself
         for tile, (top, left) in zip(row[1:], evaluate.POINTS.values(), strict=True):
-            red, green, blue = map(int, tile[194, 98])  # the last position
-            assert red > 150 and green == 0 and blue < 100
-            assert tuple(tile[110, 12]) == (0, 0, 255)  # not attended to
+            plain, red, blue = tile[10, 90], tile[5 + 156, 90], tile[194, 90]  # in the rows of 1, 2.5 and 0.3
+            assert tuple(plain) == (0, 128, 0)
+            assert red[0] > 180 and red[2] < 20
+            assert blue[2] > 180 and blue[0] < 20
             assert tuple(tile[int(5 + 192 * top), int(5 + 96 * left)]) == (0x20, 0xE0, 0x40)
+    assert written[1] == "head\nup to 2.50 x"
+
+
+def test_rows_of_the_attention_are_two_views_of_each_person():
+    query = data.Split([f"q{i}" for i in range(6)], np.array([1, 1, 2, 2, 3, 3]), np.array([1, 2, 1, 2, 1, 2]))
+    gallery = data.Split(["g1", "g2", "g3"], np.array([1, 2, 2]), np.array([2, 1, 3]))  # 3 has one camera alone
+    paths = evaluate.two_views(query, gallery)
+    assert sorted([paths[:2], paths[2:]]) == [["q0", "g1"], ["q2", "g3"]]
+
+
+def test_curves_are_of_all_runs_and_compare_their_average_losses(tmp_path, capsys):
+    parts = [f"{b}_{part}" for b in ("global", "local") for part in ("triplet", "cross_entropy", "accuracy")]
+    for name, sona, losses in (("bl", "none", [4, 2]), ("sona", "2", [4, 2.03])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text(json.dumps({"sona": sona, "seed": 0, "output": name}))
+        records = [dict.fromkeys(parts, loss / 4) | {"loss": loss, "lr": 1e-3} for loss in losses]
+        records = [{"epoch": epoch, **record} for epoch, record in enumerate(records)]
+        records[-1]["mean_ap"] = 0.5
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    call(evaluate, tmp_path / "bl", tmp_path / "sona", "--curves", tmp_path / "curves.png")
+    printed = capsys.readouterr().out
+    assert "bl  --sona none\n  average loss of 2 epochs 3.0000 (+0.00%)" in printed
+    assert "sona  --sona 2\n  average loss of 2 epochs 3.0150 (+0.50%)" in printed
+    pixels = np.asarray(Image.open(tmp_path / "curves.png"))
+    for left in range(0, 3 * 420, 420):
+        for top in (0, 300):
+            colours = set(map(tuple, pixels[top : top + 300, left : left + 420].reshape(-1, 3)))
+            second = (0xD0, 0x70, 0x20) in colours  # the second run's, which lies on the first's where they agree
+            assert second or (left, top) == (840, 0)  # of mAP there is one point alone
+    with pytest.raises(DataError, match="nowhere is no folder of a run"):
+        call(evaluate, tmp_path / "nowhere", "--curves", tmp_path / "curves.png")
 
 
 @pytest.mark.parametrize("flags", [["--time"], ["--attention", "a.png"]])
@@ -1462,8 +1501,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(market, tmp_path):
     ("flags", "message"),
     [
         (["runs/b", "--time"], "take one RUN"),
-        (["--time", "--attention", "a.png"], "exclude each other"),
-        (["--time", "--dataset", "toy"], "--time needs no images"),
+        (["--time", "--attention", "a.png"], "argument --attention: not allowed with argument --time"),
+        (["--curves", "a.png", "--features", "a.npz"], "do not go with --time, --attention or --curves"),
         (["--query", "a.jpg"], "--query and --gallery go together"),
         (["--gallery", "photos"], "--query and --gallery go together"),
         (["--query", "a.jpg", "--gallery", "photos", "--dataset", "toy"], "leave out --dataset"),
@@ -1518,21 +1557,21 @@ def test_bad_checkpoints_and_runs_are_told_and_never_executed(run, tmp_path):
         with pytest.raises(SystemExit, match="last.pt is damaged or no checkpoint"):
             call(train, "--output", tmp_path, "--resume")
         assert (tmp_path / "last.pt").read_bytes() == content
-        with pytest.raises(DataError, match="its training has not ended"):
+        with pytest.raises(WeightsError, match="its training has not ended"):
             evaluate.load_run(tmp_path)
         (tmp_path / "model.pt").write_bytes(content)
-        with pytest.raises(DataError, match="model.pt is damaged"):
+        with pytest.raises(WeightsError, match="model.pt is damaged"):
             evaluate.load_run(tmp_path)
         (tmp_path / "model.pt").unlink()
     assert not (tmp_path / "executed").exists()
     (tmp_path / "args.json").write_text('{"epochs": ')
     with pytest.raises(SystemExit, match="args.json is damaged"):
         call(train, "--output", tmp_path, "--resume")
-    with pytest.raises(DataError, match="not the folder of a finished run"):
+    with pytest.raises(WeightsError, match="not the folder of a finished run"):
         evaluate.load_run(tmp_path / "nowhere")
     state = torch.load(run[0] / "model.pt", weights_only=True)
     torch.save(state | {"settings": state["settings"] | {"sona": "mine"}}, tmp_path / "model.pt")
-    with pytest.raises(DataError, match="model.pt: sona is 'mine'; choose from"):
+    with pytest.raises(WeightsError, match="model.pt: sona is 'mine'; choose from"):
         evaluate.load_run(tmp_path)
     with pytest.raises(SystemExit, match="knows 4 identities, the training set has 5"):
         load_checkpoint(run[0] / "last.pt", 5)
@@ -1561,7 +1600,7 @@ def test_a_data_set_is_ranked_drawn_and_saved(run, tmp_path, capsys):
     assert f"wrote {pictures[0]}" in printed
     call(evaluate, output, "--attention", pictures[1])
     assert Image.open(pictures[0]).size == (11 * 110 + 4 + 420, 10 * 240 + 4 + 28)
-    assert Image.open(pictures[1]).size == (6 * 110 + 4, 6 * 240 + 4 + 28)
+    assert Image.open(pictures[1]).size == (6 * 110 + 4, 2 * 3 * 240 + 4 + 28)  # three people, two views each
     saved = np.load(tmp_path / "features.npz", allow_pickle=False)
     assert saved["query_features"].shape == (6, 16)
     assert saved["gallery_features"].shape == (12, 16)
@@ -1576,15 +1615,18 @@ def test_your_own_photos_are_ranked(run, tmp_path, capsys):
     for person in range(3):
         (tmp_path / "album" / f"{person}").mkdir(parents=True)
         data.draw_pedestrian(person, 1, 0).save(tmp_path / "album" / f"{person}" / "a b.jpg")
-    (tmp_path / "album/1/._a b.jpg").touch()  # as a Mac leaves them
+    data.draw_pedestrian(1, 1, 0).save(tmp_path / "album/1/c.webp", lossless=True)
+    for other in ("._a b.jpg", "notes.txt"):  # the first as a Mac leaves it
+        (tmp_path / "album/1" / other).touch()
     query = tmp_path / "album/1/a b.jpg"
     call(evaluate, output, "--query", query, "--gallery", tmp_path / "album", "--workers", 0)
-    asked, *found, wrote = capsys.readouterr().out.splitlines()
+    passed_over, asked, *found, wrote = capsys.readouterr().out.splitlines()
+    assert passed_over.startswith(f"{tmp_path / 'album'}: 2 files are no images")
     assert asked == str(query)
     assert found[0].split(maxsplit=1) == ["0.000", str(query)]
     distances = [float(line.split()[0]) for line in found]
     assert distances == sorted(distances)
-    assert len(found) == 3
+    assert len(found) == 4
     assert wrote == f"wrote {output / 'ranking.png'}"
     call(evaluate, output, "--attention", tmp_path / "attention.png", "--query", query, query)
     assert Image.open(tmp_path / "attention.png").size == (6 * 110 + 4, 2 * 240 + 4 + 28)

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors of SONA-Net in plain PyTorch
 """Train SONA-Net (Xia et al., ICCV 2019).
 
 Usage:

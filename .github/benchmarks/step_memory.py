@@ -1,0 +1,38 @@
+"""The peak memory of a training step, of this process on a CPU: what README's memory formula is checked by.
+
+From the repository's folder: PYTHONPATH=. python .github/benchmarks/step_memory.py 128 --recompute --precision bf16
+"""
+
+import argparse
+
+import torch
+
+from losses import branch_losses
+from model import SONANet
+from train import PRECISIONS, Passes
+
+
+def peak():  # GiB
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**20
+
+
+parser = argparse.ArgumentParser()
+parser.add_argument("images", type=int)
+parser.add_argument("--height", type=int, default=384)
+parser.add_argument("--width", type=int, default=128)
+parser.add_argument("--images-per-pass", type=int, default=32)
+parser.add_argument("--recompute", action="store_true")
+parser.add_argument("--precision", choices=PRECISIONS, default="float32")
+args = parser.parse_args()
+
+torch.manual_seed(0)
+before = peak()
+network = SONANet(767).to(memory_format=torch.channels_last).train()
+optimizer = torch.optim.Adam(network.parameters(), fused=True)
+model = Passes(network, args.images_per_pass, 0, args.precision, args.recompute)
+images = torch.randint(256, (args.images, 3, args.height, args.width), dtype=torch.uint8)
+for step in range(2):  # Adam's state is there from the second on
+    optimizer.zero_grad()
+    branch_losses(model(images, (0, 0, step)), torch.arange(args.images) // 4)[0].backward()
+    optimizer.step()
+print(f"{peak() - before:.1f} GiB above the {before:.1f} of PyTorch itself")

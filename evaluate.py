@@ -370,7 +370,7 @@ def print_times(network: SONANet, height: int, width: int, runs: int = 10) -> No
         print(f"{batch:>2} at a time {cells}{mean[0] / mean[1]:>9.3f}")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sona_input(network: nn.Module, images: Tensor) -> tuple[SONA, Tensor]:
     """The network's first SONA module, and its input (B, C, h, w) for normalised images (B, 3, height, width)."""
     sona = next(module for module in network.modules() if isinstance(module, SONA))

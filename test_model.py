@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import runpy
 import shutil
@@ -1681,7 +1682,27 @@ def test_a_compiled_run_of_two_processes_is_the_run_without(monkeypatch, market,
 
 
 # ---------------------------------------------------------------------------------------------------
-# Copying
+# README, and copying
+
+
+def test_readmes_python_runs_as_it_stands(market, run, tmp_path, monkeypatch):
+    """Each block, where its runs and photos are; what stands inside a file of ours finds that file's names."""
+    for name in ("cuhk03", "toy"):
+        shutil.copytree(run[0], tmp_path / "runs" / name)
+    data.draw_pedestrian(1, 1, 0).save(tmp_path / "a.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "SONANet", Tiny)
+    monkeypatch.setattr(data, "load_dataset", lambda *_: load_dataset("market1501", market[3]))
+    within = {"losses": {}, "branch": "global", "embedding": torch.ones(2, 4), **vars(data), **vars(model)}
+    blocks = re.findall(r"^```python\n(.*?)^```$", (HERE / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    with mock.patch.dict(PLACEMENTS), mock.patch.dict(DATASETS):
+        for block in blocks:
+            exec(block, dict(within))
+        for name in ("first-order", "scaled"):
+            assert SONANet(4, name).eval()(torch.rand(1, 3, 32, 16)).shape == (1, 1536)
+        assert DATASETS["mine"].counts["train"] == (12000, 700)
+    embedding = torch.export.load(tmp_path / "sona.pt2").module()(images := torch.rand(3, 3, 32, 16))
+    torch.testing.assert_close(embedding, evaluate.load_run("runs/cuhk03")[0](images))
 
 
 @pytest.mark.parametrize(

@@ -1366,17 +1366,35 @@ def test_checkpoints_take_a_fiftieth_of_the_time(market, tmp_path, monkeypatch):
     assert saved == [1, 11, 21, 31, 34, 34]  # after the first epoch, each 50 x 0.2 s, at the end, and once evaluated
 
 
-def test_the_loader_reads_on_from_one_epoch_to_the_next(market, tmp_path, monkeypatch):
-    started = []
+def test_one_loader_reads_the_batches_of_all_epochs(market, tmp_path, monkeypatch):
+    started, seen = [], []
 
     class Loader(DataLoader):
         def __iter__(self):
             started.append(self)
             return super().__iter__()
 
+    def forward(passes, images, key, forward=Passes.forward):
+        seen.append(key)
+        return forward(passes, images, key)
+
+    def losses(outputs, labels, margin):
+        seen.append(labels.tolist())
+        return branch_losses(outputs, labels, margin)
+
     monkeypatch.setattr(train, "DataLoader", Loader)
-    call(train, *market, "--epochs", 3, "--eval-every", 0, "--output", tmp_path)
-    assert len(started) == 1
+    monkeypatch.setattr(Passes, "forward", forward)
+    monkeypatch.setattr(train, "branch_losses", losses)
+    flags = ["--ids-per-batch", 2, "--seed", 7, "--epochs", 3, "--eval-every", 0]
+    call(train, *market, *flags, "--output", tmp_path)
+    assert len(started) == 1  # it need not stop between epochs
+    assert seen[::2] == [(7, epoch, step) for epoch in range(3) for step in range(2)]
+    labels = data.read_split(market[3] / "market1501/bounding_box_train").labels
+    sampler, expected = IdentitySampler(labels, 2, 2, seed=7), []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        expected += [labels[batch].tolist() for batch in sampler]
+    assert seen[1::2] == expected
 
 
 def test_a_run_is_not_overwritten(market, run, tmp_path):

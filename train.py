@@ -64,7 +64,9 @@ def parse_args() -> argparse.Namespace:
     )
     workers = max(1, min(4, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=DATASETS, default="toy", help="what to train on; the toy is drawn first")
+    data.add_argument(
+        "--dataset", choices=DATASETS, default="toy", help="what to train on; the toy is drawn on first use"
+    )
     data.add_argument("--data-dir", default="datasets", help="where the data sets' folders lie [%(default)s]")
     data.add_argument("--height", type=int, default=384, help="pixels; fewer are faster [%(default)s]")
     data.add_argument("--width", type=int, default=128, help="pixels [%(default)s]")
@@ -87,7 +89,7 @@ def parse_args() -> argparse.Namespace:
     device = parser.add_argument_group("device")
     passes = "images that batch norm sees at a time, on any number of GPUs [%(default)s]"
     device.add_argument("--images-per-pass", type=int, default=32, help=passes)
-    recompute = "keep one pass in memory at a time: a third of the memory, a quarter more time"
+    recompute = "keep one pass in memory at a time: a third of the memory, a quarter more work"
     device.add_argument("--recompute", action="store_true", help=recompute)
     device.add_argument("--precision", choices=PRECISIONS, help="of training [what the device is fast in]")
     device.add_argument("--compile", action="store_true", help="compile the network: a slow start, then faster steps")

@@ -228,7 +228,7 @@ def cutout(images: Tensor, probability: float = 0.5) -> Tensor:
 class IdentitySampler:
     """Batches of P identities x K images (Sec. 3.2): a batch_sampler.
 
-    Not in the paper: an epoch is identities // P steps, each identity once.
+    Not in the paper: an epoch is identities // P steps, each identity at most once.
 
     labels (N,) identities of the images; yields lists of indices, the K images of an identity side by
     side, drawn with replacement if it has fewer. An epoch is a function of seed and epoch alone: call

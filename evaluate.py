@@ -66,7 +66,7 @@ def evaluate_ranking(
 
     Raises ValueError where shapes do not fit, features are not finite, or no query has a true match.
 
-    Nothing is sorted: a match's rank is a count of the images nearer than it. Memory is that of the features
+    No row of distances is sorted: a match's rank is a count of the images nearer than it. Memory is that of the features
     once more and a slab of distances, whatever the size of the gallery.
     """
     dtype = np.result_type(query_features, gallery_features, np.float32)
@@ -582,5 +582,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("stopped")
-    except (DataError, WeightsError, OSError) as error:
+    except (DataError, WeightsError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"error: {one_line(error)}")

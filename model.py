@@ -87,7 +87,7 @@ PLACEMENTS = {  # what stands after stage 2, after stage 3, after stage 4 on a b
     "2+3": {"stage2": SONA, "stage3": SONA},
     "4-global": {"global": SONA},
     "4-local": {"local": SONA},
-    "4-both": {"global": SONA, "local": SONA},  # not in the paper: a module for each branch
+    "4-both": {"global": SONA, "local": SONA},  # not in the paper: one each, the local one before the bottleneck
 }
 
 

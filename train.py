@@ -87,7 +87,7 @@ def parse_args() -> argparse.Namespace:
     training.add_argument("--seed", type=int, default=0, help="the paper averages over four runs [%(default)s]")
 
     device = parser.add_argument_group("device")
-    passes = "images that batch norm sees at a time, on any number of GPUs [%(default)s]"
+    passes = "images that batch norm sees at a time, on one GPU or four [%(default)s]"
     device.add_argument("--images-per-pass", type=int, default=32, help=passes)
     recompute = "keep one pass in memory at a time: a third of the memory, a quarter more work"
     device.add_argument("--recompute", action="store_true", help=recompute)
@@ -140,11 +140,11 @@ def start_process() -> tuple[torch.device, int, int]:
 
 
 def fast_precision(device: torch.device) -> str:
-    """The precision of PRECISIONS in which a device trains fastest. Not in the paper, whose GPUs had float32 alone."""
+    """The precision in which a device trains fastest. Not in the paper, whose GPUs were fast in float32 alone."""
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):  # from sm_80
             return "bf16"
-        return "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "float32"  # with tensor cores
+        return "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "float32"  # most with tensor cores
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "float32"
 
@@ -181,9 +181,9 @@ def read_inputs(device: torch.device, processes: int) -> tuple[argparse.Namespac
 class Passes(nn.Module):
     """The network on a process's share of a batch, in passes of a few images as on each of the paper's GPUs.
 
-    Each pass is normalised on its own, and the first of the whole batch updates batch norm's running statistics,
-    as DataParallel keeps the first GPU's. A pass's flips, cutouts and drop masks are a function of seed, epoch,
-    step and its number in the whole batch, so that a run is the same on any number of processes. With recompute
+    Not in the paper: each pass is normalised on its own, and the first of the whole batch updates batch norm's
+    running statistics, as DataParallel keeps the first GPU's. A pass's flips, cutouts and drop masks are a function of seed, epoch,
+    step and its number in the whole batch, so that a step is the same on any number of processes. With recompute
     only one pass's activations are in memory at a time; the others' are computed again in the backward pass.
 
     forward: the share's (B, 3, H, W) uint8 images and (seed, epoch, step) -> the outputs of SONANet for all of it.
@@ -348,7 +348,7 @@ def main() -> None:
         if epoch + 1 == args.epochs or time.perf_counter() - saved >= 50 * duration:  # 2 % of the time at most
             save()
 
-    if "mean_ap" not in history[-1]:
+    if "mean_ap" not in history[-1]:  # not in the paper: the last epoch is reported, not the best on the test set
         history[-1] |= measure()
         log()
         save()
@@ -443,7 +443,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("stopped; the same command with --resume goes on")
-    except (DataError, WeightsError) as error:
+    except (DataError, WeightsError, OSError) as error:
         sys.exit(f"error: {one_line(error)}")
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: {error} Train with --recompute, or with a smaller --images-per-pass")

@@ -66,8 +66,8 @@ def evaluate_ranking(
 
     Raises ValueError where shapes do not fit, features are not finite, or no query has a true match.
 
-    No row of distances is sorted: a match's rank is a count of the images nearer than it. Memory is that of the features
-    once more and a slab of distances, whatever the size of the gallery.
+    No row of distances is sorted: a match's rank is a count of the images nearer than it. Memory is that of the
+    features once more and a slab of distances, whatever the size of the gallery.
     """
     dtype = np.result_type(query_features, gallery_features, np.float32)
     query_features, gallery_features = (np.asarray(x, dtype) for x in (query_features, gallery_features))

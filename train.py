@@ -182,9 +182,9 @@ class Passes(nn.Module):
     """The network on a process's share of a batch, in passes of a few images as on each of the paper's GPUs.
 
     Not in the paper: each pass is normalised on its own, and the first of the whole batch updates batch norm's
-    running statistics, as DataParallel keeps the first GPU's. A pass's flips, cutouts and drop masks are a function of seed, epoch,
-    step and its number in the whole batch, so that a step is the same on any number of processes. With recompute
-    only one pass's activations are in memory at a time; the others' are computed again in the backward pass.
+    running statistics, as DataParallel keeps the first GPU's. A pass's flips, cutouts and drop masks are a function
+    of seed, epoch, step and its number in the whole batch, so that a step is the same on any number of processes.
+    With recompute only one pass's activations are in memory at a time; the others' are computed again in backward.
 
     forward: the share's (B, 3, H, W) uint8 images and (seed, epoch, step) -> the outputs of SONANet for all of it.
     """

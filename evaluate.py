@@ -148,7 +148,7 @@ def extract_features(network: nn.Module, paths: list[str], height: int, width: i
     loader = DataLoader(images, batch_size=64, num_workers=workers, pin_memory=device.type == "cuda")
     network.eval()
     features = []
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
         for batch, _ in loader:
             batch = normalize(batch.to(device, non_blocking=True))
             both = network(torch.cat([batch, batch.flip(3)]))  # (2B, 1536)
@@ -206,7 +206,7 @@ def usable_cores() -> int:
 
 def one_line(error: Exception) -> str:
     """An error's message. From a worker process its traceback comes first, and the error's name."""
-    return str(error).splitlines()[-1].removeprefix("data.DataError: ")
+    return (str(error) or repr(error)).splitlines()[-1].removeprefix("data.DataError: ")
 
 
 # Settings in which a run and its resumption may differ, and so may runs to average.
@@ -246,12 +246,8 @@ def parse_args() -> argparse.Namespace:
     instead.add_argument("--time", action="store_true", help="time the network with SONA and without, as in Sec. 3.5")
     args = parser.parse_args()
 
-    for path, ending in (
-        (args.ranking, ".png"),
-        (args.attention, ".png"),
-        (args.curves, ".png"),
-        (args.features, ".npz"),
-    ):
+    endings = {args.ranking: ".png", args.attention: ".png", args.curves: ".png", args.features: ".npz"}
+    for path, ending in endings.items():
         if path and (Path(path).suffix != ending or not Path(path).parent.is_dir()):
             parser.error(f"{path}: must end in {ending} and lie in a folder that exists")
     ranked = args.ranking or args.features or args.gallery
@@ -261,7 +257,7 @@ def parse_args() -> argparse.Namespace:
         parser.error("--ranking, --features, --gallery, --attention and --time take one RUN")
     if args.query and args.dataset:
         parser.error("--query takes the place of a data set; leave out --dataset")
-    if bool(args.query) != bool(args.gallery or args.query and args.attention):
+    if args.gallery and not args.query or args.query and not (args.gallery or args.attention):
         parser.error("--query and --gallery go together")
     return args
 
@@ -276,7 +272,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     runs = [load_run(run, device) for run in args.runs]
     network, settings = runs[0]
-    for run, (_, other) in zip(args.runs, runs, strict=True):
+    for run, (_, other) in zip(args.runs[1:], runs[1:], strict=True):
         if differing := differences(settings, other, CHANGEABLE | {"seed"}):
             sys.exit(f"error: {args.runs[0]} and {run} are not runs of one configuration: {differing}")
     if (args.time or args.attention) and not any(isinstance(module, SONA) for module in network.modules()):
@@ -301,7 +297,8 @@ def main() -> None:
 
     options = size | {"workers": args.workers}
     if args.query:
-        features, ranking = [extract_features(network, split.paths, **options) for split in (query, gallery)], None
+        features = [extract_features(network, split.paths, **options) for split in (query, gallery)]
+        ranking = None
         for i, path in enumerate(query.paths):
             print(path)
             for j, distance in zip(*nearest(i, query, gallery, features), strict=True):
@@ -424,27 +421,15 @@ def draw_attention(network: nn.Module, paths: list[str], height: int, width: int
                 picture = Image.composite(Image.new("RGB", TILE, colour), picture, mask)
             ImageDraw.Draw(picture).circle((left * TILE[0], top * TILE[1]), 5, "#20e040", "black")
             tiles.append(tile(picture, "white", f"{name}\nup to {weight.max():.2f} x"))
-    title = "SONA's attention at the green point, as a multiple of the uniform weight:"
-    picture = sheet(tiles, 1 + len(POINTS), title)
-    draw = ImageDraw.Draw(picture)
-    for i, (share, text) in enumerate(((-1, "1/2"), (-0.5, "0.7"), (0, "1"), (0.5, "1.4"), (1, "2"))):
-        colour = Image.blend(
-            Image.new("RGB", (1, 1), "#909090"),
-            Image.new("RGB", (1, 1), "red" if share > 0 else "blue"),
-            0.8 * abs(share),
-        )
-        draw.rectangle((490 + 34 * i, 8, 522 + 34 * i, 24), colour.getpixel((0, 0)))
-        draw.text((506 + 34 * i, 16), text, "white", font_size=12, anchor="mm")
-    return picture
+    title = "SONA's attention at the green point: red twice the uniform weight or more, blue half of it or less"
+    return sheet(tiles, 1 + len(POINTS), title)
 
 
-def nearest(
-    i: int, query: Split, gallery: Split, features: list[np.ndarray], k: int = 10
-) -> tuple[np.ndarray, np.ndarray]:
-    """Query i's k nearest gallery images and their distances, those of its own identity and camera left out."""
+def nearest(i: int, query: Split, gallery: Split, features: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Query i's ten nearest gallery images and their distances, those of its own identity and camera left out."""
     distances = np.linalg.norm(features[1] - features[0][i], axis=1)
     other = np.flatnonzero((gallery.ids != query.ids[i]) | (gallery.cams != query.cams[i]))
-    order = other[np.argsort(distances[other], kind="stable")[:k]]
+    order = other[np.argsort(distances[other], kind="stable")[:10]]
     return order, distances[order]
 
 
@@ -524,29 +509,25 @@ def draw_curves(runs: list[str]) -> Image.Image:
         try:
             settings.append(json.loads(Path(run, "args.json").read_text()))
             logs.append([json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()])
-        except (OSError, ValueError) as error:
+            logs[-1][0]["loss"]
+        except (OSError, ValueError, LookupError) as error:
             raise DataError(f"{run} is no folder of a run that has been trained for an epoch: {error}") from error
-    free = CHANGEABLE if len(runs) > 1 else set(settings[0])
-    flags = [key for key in settings[0] if key not in free and any(s.get(key) != settings[0][key] for s in settings)]
+    differing = [key for key in settings[0] if key not in CHANGEABLE and len({str(s.get(key)) for s in settings}) > 1]
     names = [
-        run + "".join(f"  --{flag.replace('_', '-')} {s.get(flag)}" for flag in flags)
+        " ".join([run, *(f"--{key.replace('_', '-')} {s.get(key)}" for key in differing)])
         for run, s in zip(runs, settings, strict=True)
     ]
-    averages = [np.mean([record["loss"] for record in log]) for log in logs]
-    for name, log, average in zip(names, logs, averages, strict=True):
-        print(f"{name}\n  average loss of {len(log)} epochs {average:.4f} ({average / averages[0] - 1:+.2%})")
+    epochs = min(map(len, logs))
+    averages = [np.mean([record["loss"] for record in log[:epochs]]) for log in logs]
+    print(f"average loss of {epochs} epochs, and its difference from the first run's")
+    for name, average in zip(names, averages, strict=True):
+        print(f"{average:9.4f} {average / averages[0] - 1:+8.2%}  {name}")
 
-    charts = {
-        f"{branch}_{part}": f"{branch} branch, {part.replace('_', '-')}"
-        for branch in ("global", "local")
-        for part in ("triplet", "cross_entropy")
-    }
-    charts |= {"mean_ap": "mAP", "lr": "learning rate"}
-    order = ["global_triplet", "global_cross_entropy", "mean_ap", "local_triplet", "local_cross_entropy", "lr"]
+    keys = ["global_triplet", "global_cross_entropy", "mean_ap", "local_triplet", "local_cross_entropy", "lr"]
     picture = Image.new("RGB", (3 * CHART[0], 2 * CHART[1] + 10 + 20 * len(runs)), "white")
-    for i, key in enumerate(order):
+    for i, key in enumerate(keys):
         points = [[(record["epoch"], record[key]) for record in log if key in record] for log in logs]
-        picture.paste(draw_chart(charts[key], points), (i % 3 * CHART[0], i // 3 * CHART[1]))
+        picture.paste(draw_chart(key.replace("_", " "), points), (i % 3 * CHART[0], i // 3 * CHART[1]))
     for i, name in enumerate(names):
         y = 2 * CHART[1] + 10 + 20 * i
         ImageDraw.Draw(picture).line((60, y, 90, y), COLOURS[i % len(COLOURS)], width=3)

@@ -1096,8 +1096,8 @@ def test_curves_are_of_all_runs_and_compare_their_average_losses(tmp_path, capsy
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     call(evaluate, tmp_path / "bl", tmp_path / "sona", "--curves", tmp_path / "curves.png")
     printed = capsys.readouterr().out
-    assert "bl  --sona none\n  average loss of 2 epochs 3.0000 (+0.00%)" in printed
-    assert "sona  --sona 2\n  average loss of 2 epochs 3.0150 (+0.50%)" in printed
+    assert f"   3.0000   +0.00%  {tmp_path / 'bl'} --sona none\n" in printed
+    assert f"   3.0150   +0.50%  {tmp_path / 'sona'} --sona 2\n" in printed
     pixels = np.asarray(Image.open(tmp_path / "curves.png"))
     for left in range(0, 3 * 420, 420):
         for top in (0, 300):
@@ -1351,13 +1351,12 @@ def test_checkpoints_take_a_fiftieth_of_the_time(market, tmp_path, monkeypatch):
         clock[0] += 1
         return parts | {"loss": 4.0}
 
-    def write_whole(path, write):
+    def write_whole(path, content, write=train.write_whole):
         if path.name == "last.pt":
             saved.append(len(records_of(tmp_path)))  # as many epochs as the log has by then
             clock[0] += 0.2
         else:
-            with open(path, "wb") as file:
-                write(file)
+            write(path, content)
 
     monkeypatch.setattr(train, "time", mock.Mock(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(train, "train_epoch", train_epoch)
@@ -1401,6 +1400,8 @@ def test_a_run_is_not_overwritten(market, run, tmp_path):
     output, _ = run
     with pytest.raises(SystemExit, match="holds a run; go on with it by --resume, or choose another folder"):
         call(train, *market, "--output", output)
+    with pytest.raises(SystemExit, match="nowhere holds no run to go on with"):
+        call(train, "--output", tmp_path / "nowhere", "--resume")
     (tmp_path / "args.json").write_text("{}")  # of a run before its first checkpoint
     with pytest.raises(SystemExit, match="holds a run"):
         call(train, *market, "--output", tmp_path)
@@ -1475,6 +1476,7 @@ def test_bad_launches_are_told_before_anything_is_written(market, tmp_path):
         ("--ids-per-batch", 8): "4 identities, a batch takes 8",
         ("--images-per-pass", 3): r"--images-per-pass 3 does not divide the 8 images of a process \(4 x 2 over 1\)",
         ("--images-per-pass", 1): "--images-per-pass 1 ",
+        ("--ids-per-batch", 1, "--images-per-id", 1): "does not divide the 1 images",
         ("--output", "/proc/nowhere"): "/proc/nowhere",
     }.items():
         with pytest.raises((DataError, SystemExit, OSError), match=message):
@@ -1512,8 +1514,9 @@ def test_an_identity_with_one_image_is_drawn_several_times():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(market, tmp_path):
-    with pytest.raises(SystemExit, match="the loss of epoch . is (nan|inf)"):
-        call(train, *market, "--lr", 1e30, "--epochs", 9, "--eval-every", 0, "--output", tmp_path)
+    with pytest.raises(SystemExit, match="epoch 0 ends with a loss of .* and weights of norm (nan|inf)"):
+        call(train, *market, "--lr", 1e39, "--epochs", 9, "--eval-every", 0, "--output", tmp_path)
+    assert not (tmp_path / "last.pt").exists()  # the loss was finite still: it is of before the step
 
 
 @pytest.mark.parametrize(

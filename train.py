@@ -16,10 +16,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -64,9 +64,7 @@ def parse_args() -> argparse.Namespace:
     )
     workers = max(1, min(4, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset", choices=DATASETS, default="toy", help="what to train on; the toy is drawn on first use"
-    )
+    data.add_argument("--dataset", choices=DATASETS, help="what to train on [the toy, drawn on first use]")
     data.add_argument("--data-dir", default="datasets", help="where the data sets' folders lie [%(default)s]")
     data.add_argument("--height", type=int, default=384, help="pixels; fewer are faster [%(default)s]")
     data.add_argument("--width", type=int, default=128, help="pixels [%(default)s]")
@@ -101,17 +99,21 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--eval-every", type=int, default=50, help=evaluations)
 
     asked = parser.parse_known_args()[0]
-    output = Path(asked.output or f"runs/{asked.dataset}")
-    parser.set_defaults(**TOY if asked.dataset == "toy" else {}, output=str(output))
-    begun = None
+    dataset = asked.dataset or "toy"
+    output = Path(asked.output or f"runs/{dataset}")
+    parser.set_defaults(**TOY if dataset == "toy" else {}, dataset=dataset, output=str(output))
+    begun = {}
     if asked.resume and (output / "args.json").exists():
         try:
             begun = json.loads((output / "args.json").read_text())
             parser.set_defaults(**begun | {"output": str(output), "resume": True})
         except (ValueError, TypeError):
             sys.exit(f"error: {output / 'args.json'} is damaged; restore it, or choose another folder by --output")
+    elif asked.resume and asked.output and not asked.dataset:
+        sys.exit(f"error: {output} holds no run to go on with; --dataset begins one")
     args = parser.parse_args()
-    if begun and (differing := differences(begun, vars(args))):
+    binding = begun if (output / "last.pt").exists() else {}  # from the first checkpoint on
+    if binding and (differing := differences(binding, vars(args))):
         sys.exit(f"error: {output} holds a run with other settings, then and now: {differing}")
     return args
 
@@ -161,7 +163,7 @@ def read_inputs(device: torch.device, processes: int) -> tuple[argparse.Namespac
     if held != files[: len(held)]:
         sys.exit(f"error: {output} has {held[-1]}, but not all before it; choose another folder by --output")
     share = args.ids_per_batch * args.images_per_id // processes
-    if args.images_per_pass < 2 or share > args.images_per_pass and share % args.images_per_pass:
+    if min(args.images_per_pass, share) < 2 or share > args.images_per_pass and share % args.images_per_pass:
         sys.exit(
             f"error: --images-per-pass {args.images_per_pass} does not divide the {share} images of a process "
             f"({args.ids_per_batch} x {args.images_per_id} over {processes})"
@@ -197,14 +199,11 @@ class Passes(nn.Module):
 
     def forward(self, images: Tensor, key: tuple[int, int, int]) -> dict[str, tuple[Tensor, Tensor]]:
         shares = images.split(self.images)
-        outputs = []
+        outputs = [{}] * len(shares)
+        recomputed = partial(checkpoint, self.run_pass, use_reentrant=False, preserve_rng_state=False)
         for i in reversed(range(len(shares))):  # the first pass runs last, so that backward finds it in memory
-            arguments = shares[i], (*key, self.rank * len(shares) + i)
-            if self.recompute and i > 0:
-                output = checkpoint(self.run_pass, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                output = self.run_pass(*arguments)
-            outputs.insert(0, output)
+            run_pass = recomputed if self.recompute and i > 0 else self.run_pass
+            outputs[i] = run_pass(shares[i], (*key, self.rank * len(shares) + i))
         return {
             branch: tuple(torch.cat(tensors) for tensors in zip(*(output[branch] for output in outputs), strict=True))
             for branch in outputs[0]
@@ -263,6 +262,7 @@ def main() -> None:
         network.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
+    del inputs, state  # 0.4 GB
     compiled = torch.compile(network) if args.compile else network
     model = Passes(compiled, args.images_per_pass, rank, args.precision, args.recompute)
     if processes > 1:
@@ -274,24 +274,21 @@ def main() -> None:
                 dist.broadcast(buffer, 0)
         return evaluate(network, splits["query"], splits["gallery"], args.height, args.width, args.workers)[1].figures()
 
+    write = write_whole if rank == 0 else lambda *_: None
     about = {"num_classes": num_classes, "settings": vars(args)}  # what rebuilds the network
     saved, duration = -math.inf, 0.0  # when the last checkpoint was written, and how long it took
 
+    def log() -> None:
+        write(output / "log.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+
     def save() -> None:
         nonlocal saved, duration
-        if rank == 0:
-            start = time.perf_counter()
-            training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            records = {"untrained": untrained, "history": history}
-            state = {"model": network.state_dict(), **about, **training, **records}
-            write_whole(output / "last.pt", lambda file: torch.save(state, file))
-            saved = time.perf_counter()
-            duration = saved - start
-
-    def log() -> None:
-        if rank == 0:
-            lines = "".join(json.dumps(record) + "\n" for record in history)
-            write_whole(output / "log.jsonl", lambda file: file.write(lines.encode()))
+        start = time.perf_counter()
+        training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        records = {"untrained": untrained, "history": history}
+        write(output / "last.pt", {"model": network.state_dict(), **about, **training, **records})
+        saved = time.perf_counter()
+        duration = saved - start
 
     print(describe(args.dataset, splits))
     parameters = sum(parameter.numel() for parameter in network.parameters()) / 1e6
@@ -300,9 +297,9 @@ def main() -> None:
         f"SONA {args.sona}, drop {args.drop}: {parameters:.1f} M parameters, images of {args.height} x {args.width}\n"
         f"{processes} x {device.type}, {args.precision}, {share} images a pass\n"
     )
-    if rank == 0 and not (output / "args.json").exists():
+    if not history:  # from the first checkpoint on, its settings are the run's
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / "args.json", lambda file: file.write(json.dumps(vars(args), indent=2).encode()))
+        write(output / "args.json", json.dumps(vars(args), indent=2))
 
     # training loop
     if args.eval_every and not history:
@@ -319,13 +316,13 @@ def main() -> None:
         steps = islice(images, len(sampler))
         parts = train_epoch(model, steps, labels, optimizer, scaler, args.margin, (args.seed, epoch))
         seconds = time.perf_counter() - start
-        if not math.isfinite(parts["loss"]):
-            sys.exit(
-                f"error: the loss of epoch {epoch} is {parts['loss']}; {output} keeps the last checkpoint before it, "
-                "if any. Start anew with a lower --lr, or with --precision float32"
-                if rank == 0
-                else 1
+        weight = nn.utils.get_total_norm(network.parameters()).item()
+        if not math.isfinite(parts["loss"] + weight):
+            message = (
+                f"error: epoch {epoch} ends with a loss of {parts['loss']} and weights of norm {weight}; {output} "
+                "keeps the last checkpoint before it, if any. Start anew with a lower --lr or --precision float32"
             )
+            sys.exit(message if rank == 0 else 1)
         images_per_second = len(sampler) * args.ids_per_batch * args.images_per_id / seconds
         hours = seconds * (args.epochs - epoch - 1) / 3600
         left = f"{hours:.1f}h" if hours >= 1 else f"{60 * hours:.1f}m"
@@ -352,13 +349,12 @@ def main() -> None:
         history[-1] |= measure()
         log()
         save()
-    if rank == 0:
-        write_whole(output / "model.pt", lambda file: torch.save({"model": network.state_dict(), **about}, file))
+    write(output / "model.pt", {"model": network.state_dict(), **about})
     print()
     if untrained:
         print(f"untrained    {summary(untrained)}")
     print(f"trained      {summary(history[-1])}\n\nthe run is in {output}")
-    if processes > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -424,12 +420,15 @@ def load_checkpoint(path: Path, num_classes: int) -> dict:
     return state
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that at any moment path holds a whole one, the former or this. Ends the program if it cannot."""
+def write_whole(path: Path, content: str | dict) -> None:
+    """Write a text, or a state by torch.save, so that at any moment path holds a whole file, the former or this one.
+
+    Ends the program if it cannot.
+    """
     scratch = path.with_name(f"{path.name}.tmp")
     try:
         with open(scratch, "wb") as file:
-            write(file)
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
@@ -447,6 +446,7 @@ if __name__ == "__main__":
         sys.exit(f"error: {one_line(error)}")
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: {error} Train with --recompute, or with a smaller --images-per-pass")
-    except RuntimeError as error:  # gloo's, where another process has ended and told why
-        sys.exit(1) if "by peer" in str(error) else None
+    except RuntimeError as error:
+        if dist.is_initialized() and ("by peer" in str(error) or "Broken pipe" in str(error)):
+            sys.exit(1)  # gloo's words where another process has ended; that one has told why
         raise

@@ -298,7 +298,6 @@ def main() -> None:
         f"{processes} x {device.type}, {args.precision}, {share} images a pass\n"
     )
     if not history:  # from the first checkpoint on, its settings are the run's
-        output.mkdir(parents=True, exist_ok=True)
         write(output / "args.json", json.dumps(vars(args), indent=2))
 
     # training loop
@@ -427,6 +426,7 @@ def write_whole(path: Path, content: str | dict) -> None:
     """
     scratch = path.with_name(f"{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(scratch, "wb") as file:
             file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
             file.flush()

@@ -387,7 +387,7 @@ POINTS = {  # reference points like those of Fig. 3, as shares of height and wid
 }
 
 
-def two_views(query: Split, gallery: Split, seed: int = 0, people: int = 4) -> list[str]:
+def two_views(query: Split, gallery: Split, seed: int = 0, people: int = 3) -> list[str]:
     """Images of some people, each seen from two cameras, as in Fig. 3."""
     paths = []
     for i in np.random.default_rng(seed).permutation(np.unique(query.ids, return_index=True)[1]):

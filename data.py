@@ -6,9 +6,11 @@ Usage:
     splits = load_dataset("market1501", "datasets")     # {"train": Split, "query": Split, "gallery": Split}
     train = splits["train"]
     sampler = IdentitySampler(train.labels, ids_per_batch=32, images_per_id=4)
-    loader = DataLoader(ImageDataset(train.paths, 384, 128), batch_sampler=sampler)
-    for images, indices in loader:                      # (128, 3, 384, 128) uint8, (128,)
-        batch, labels = augment(images), train.labels[indices]
+    loader = torch.utils.data.DataLoader(ImageDataset(train.paths, 384, 128), batch_sampler=sampler)
+    for epoch in range(400):
+        sampler.set_epoch(epoch)                        # without it all epochs have the same batches
+        for images, indices in loader:                  # (128, 3, 384, 128) uint8, (128,)
+            batch, labels = augment(images), train.labels[indices]
 """
 
 import math
@@ -39,7 +41,7 @@ class Source(NamedTuple):
     counts: dict[str, tuple[int, int]] = {}  # the published (images, identities) of each split (Table 1)
 
 
-DATASETS = {  # for another set in this layout, add a line
+DATASETS = {
     "toy": Source(("toy",), {"train": (768, 64), "query": (200, 50), "gallery": (250, 50)}),
     "market1501": Source(  # the gallery of Table 1, 19,732, less its 3,819 junk images (Sec. 3.1)
         ("market1501", "Market-1501-v15.09.15"),

@@ -83,7 +83,7 @@ def evaluate_ranking(
         if not ids.shape == cams.shape == features.shape[:1]:
             raise ValueError(f"{side}: {len(features)} features, but ids {ids.shape} and cams {cams.shape}")
 
-    # Moving all features changes no distance. Far from 0 the products below lose digits, so the origin is moved to one.
+    # Moving all features changes no distance. Far from 0 the products below lose digits, so one becomes the origin.
     with np.errstate(invalid="ignore", over="ignore"):
         query_features, gallery_features = query_features - gallery_features[0], gallery_features - gallery_features[0]
         query_norms, half_norms = (np.einsum("nd,nd->n", x, x) / 2 for x in (query_features, gallery_features))

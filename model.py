@@ -117,7 +117,7 @@ class DropBlockPlus(nn.Module):
         # Padded on all sides, so that a position's window holds every corner whose block covers it.
         margins = (block_width - 1, block_width - 1, block_height - 1, block_height - 1)
         mask = 1 - F.max_pool2d(F.pad(seeds, margins), (block_height, block_width), stride=1)  # (B, 1, H, W)
-        mask = mask / mask.mean().clamp(min=1 / mask.numel())  # if all is dropped, it stays 0
+        mask = mask / mask.mean().clamp(min=1 / mask.numel())  # if all is dropped, 0 stays 0
         return x * mask.to(x.dtype)
 
 

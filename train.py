@@ -98,7 +98,7 @@ def parse_args() -> argparse.Namespace:
     evaluations = "epochs between evaluations, the first before training; 0: one, at the end [%(default)s]"
     run.add_argument("--eval-every", type=int, default=50, help=evaluations)
 
-    asked = parser.parse_known_args()[0]
+    asked = parser.parse_known_args()[0]  # as far as typed: whose defaults hold depends on it
     dataset = asked.dataset or "toy"
     output = Path(asked.output or f"runs/{dataset}")
     parser.set_defaults(**TOY if dataset == "toy" else {}, dataset=dataset, output=str(output))
@@ -225,7 +225,7 @@ def main() -> None:
         dist.broadcast_object_list(inputs)
     args, splits, state = inputs[0]
     output = Path(args.output)
-    untrained = state and state["untrained"]  # evaluation of the untrained network
+    untrained = state["untrained"] if state else None  # evaluation of the untrained network
     history = state["history"] if state else []  # a record for each epoch
 
     # data
@@ -331,7 +331,7 @@ def main() -> None:
             for branch in ("global", "local")
         )
         print(f"{epoch:>5}{parts['loss']:>8.3f}{cells}{lr:>9.1e}{images_per_second:>7.0f}{left:>6}")
-        warm_up = args.epochs // 8
+        warm_up = args.epochs // 8  # told once, in the first epoch that is like this
         already_told = epoch > warm_up and collapsed(history[-1], num_classes, args.margin)
         if epoch >= warm_up and not already_told and collapsed(parts, num_classes, args.margin):
             print("  note: collapsed to one embedding for all images; lower --lr or change --seed")
@@ -354,6 +354,7 @@ def main() -> None:
         print(f"untrained    {summary(untrained)}")
     print(f"trained      {summary(history[-1])}\n\nthe run is in {output}")
     if dist.is_initialized():
+        del model  # first: the last owner of a group ends it, and DDP would do so holding Python's lock, which gloo needs
         dist.destroy_process_group()
 
 

@@ -494,6 +494,7 @@ def step(rank, processes, folder):
     if rank == 0:
         torch.save(results, f"{folder}/{processes}.pt")
     if processes > 1:
+        del model  # before its group, as in train.py
         dist.destroy_process_group()
 
 

@@ -354,7 +354,7 @@ def main() -> None:
         print(f"untrained    {summary(untrained)}")
     print(f"trained      {summary(history[-1])}\n\nthe run is in {output}")
     if dist.is_initialized():
-        del model  # first: the last owner of a group ends it, and DDP would do so holding Python's lock, which gloo needs
+        del model  # before the group: as its last owner DDP would end it holding the GIL, which gloo's thread may need
         dist.destroy_process_group()
 
 

@@ -495,6 +495,8 @@ def draw_chart(
         draw.text((at(x, low)[0], 276), str(x), "black", font_size=12, anchor="mt")
     for curve, colour in zip(curves, COLOURS * len(curves), strict=False):
         draw.line([at(*point) for point in curve], colour, width=2)
+        for point in curve[-1:]:  # seen even if it is the only one
+            draw.circle(at(*point), 3, colour)
     draw.text((60, 8), title, "black", font_size=14)
     return image
 
@@ -527,7 +529,7 @@ def draw_curves(runs: list[str]) -> Image.Image:
     picture = Image.new("RGB", (3 * CHART[0], 2 * CHART[1] + 10 + 20 * len(runs)), "white")
     for i, key in enumerate(keys):
         points = [[(record["epoch"], record[key]) for record in log if key in record] for log in logs]
-        picture.paste(draw_chart(key.replace("_", " "), points), (i % 3 * CHART[0], i // 3 * CHART[1]))
+        picture.paste(draw_chart(key, points), (i % 3 * CHART[0], i // 3 * CHART[1]))
     for i, name in enumerate(names):
         y = 2 * CHART[1] + 10 + 20 * i
         ImageDraw.Draw(picture).line((60, y, 90, y), COLOURS[i % len(COLOURS)], width=3)

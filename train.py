@@ -71,7 +71,7 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--workers", type=int, default=workers, help="processes to read images, per GPU [%(default)s]")
 
     network = parser.add_argument_group("network")
-    network.add_argument("--sona", choices=PLACEMENTS, default="2", help="which stage SONA follows [%(default)s]")
+    network.add_argument("--sona", choices=PLACEMENTS, default="2", help="the stages that SONA follows [%(default)s]")
     network.add_argument("--drop", choices=DROPS, default="dropblock+", help="the drop layer [%(default)s]")
     weights = "first weights of the backbone; none: random, PATH: a ResNet-50 state dict [%(default)s]"
     network.add_argument("--weights", default="imagenet", metavar="{imagenet,none,PATH}", help=weights)
@@ -112,8 +112,8 @@ def parse_args() -> argparse.Namespace:
     elif asked.resume and asked.output and not asked.dataset:
         sys.exit(f"error: {output} holds no run to go on with; --dataset begins one")
     args = parser.parse_args()
-    binding = begun if (output / "last.pt").exists() else {}  # from the first checkpoint on
-    if binding and (differing := differences(binding, vars(args))):
+    binding = begun and (output / "last.pt").exists()  # from the first checkpoint on
+    if binding and (differing := differences(begun, vars(args))):
         sys.exit(f"error: {output} holds a run with other settings, then and now: {differing}")
     return args
 

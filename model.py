@@ -242,7 +242,7 @@ def dilated_resnet50(weights: str | None = None) -> ResNet:
     weights as in SONANet. Raises WeightsError. Not in the paper: the dilation, 2 in stage 3 and 4 in stage 4
     (half of it in a stage's first block).
     """
-    # Not in the paper: training without ImageNet weights, for which residual blocks start as the identity.
+    # Not in the paper: training without ImageNet weights, for which residual branches start at zero.
     network = resnet50(replace_stride_with_dilation=[False, True, True], zero_init_residual=weights is None)
     if weights is None:
         return network

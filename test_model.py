@@ -309,7 +309,7 @@ def test_classifiers_start_undecided():
         assert abs(F.cross_entropy(logits, torch.arange(4)) - math.log(767)) < 0.05
 
 
-def test_from_scratch_each_residual_block_starts_as_the_identity():
+def test_from_scratch_residual_branches_start_at_zero():
     assert all(block.bn3.weight.abs().max() == 0 for block in SONANet(10).stage3)
 
 
@@ -1008,8 +1008,11 @@ def test_features_average_the_image_and_its_mirror_image(tmp_path):
     data.draw_pedestrian(1, 1, 0).save(tmp_path / "a.png")
     data.draw_pedestrian(2, 1, 0).save(tmp_path / "b.png")
     paths = [str(tmp_path / name) for name in ("a.png", "b.png")]
-    network = SONANet(4)
+    network, tf32 = SONANet(4), []
+    hook = network.register_forward_hook(lambda *_: tf32.append(torch.backends.cudnn.allow_tf32))
     features = extract_features(network, paths, 64, 32)
+    hook.remove()
+    assert tf32 == [False]  # float32 is meant
     images = normalize(torch.stack([ImageDataset(paths, 64, 32)[i][0] for i in range(2)]))
     with torch.no_grad():
         network.eval()

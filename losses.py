@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors of SONA-Net in plain PyTorch
-"""The losses of SONA-Net (Xia et al., ICCV 2019): batch-hard triplet and label-smoothed cross-entropy, Sec. 2.1.
+"""The losses of SONA-Net (Xia et al., ICCV 2019): triplet loss and cross-entropy (Sec. 2.1).
 
 Usage:
     loss, parts = branch_losses(model(images), labels)
@@ -16,22 +16,19 @@ from torch import Tensor
 def batch_hard_triplet_loss(embeddings: Tensor, labels: Tensor, margin: float | None = None) -> Tensor:
     """Triplet loss of each anchor's farthest positive and nearest negative (Hermans et al. 2017, Eq. 5).
 
-    embeddings (B, D) floats, labels (B,) integers; returns a scalar in float32 or wider, also inside
-    autocast. With margin None the soft margin, mean of softplus(d_ap - d_an); with a number the hard
-    one, mean of relu(margin + d_ap - d_an). Not in the paper: the soft margin, on raw embeddings under
-    Euclidean distance. An anchor alone in its identity is its own positive, at distance 0; in a batch of one
-    identity the soft loss is 0, as there is no triplet.
+    embeddings (B, D) floats, labels (B,) integers; returns a scalar in float32 or wider, inside
+    autocast too. With margin None the soft margin, mean of softplus(d_ap - d_an); with a number
+    the hard one, mean of relu(margin + d_ap - d_an). Not in the paper: the soft margin, on raw
+    embeddings under Euclidean distance. An anchor alone in its identity is its own positive, at
+    distance 0; in a batch of one identity the soft loss is 0, as there is no triplet.
 
     Raises ValueError where the shapes do not fit.
     """
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
-        raise ValueError(
-            f"embeddings must be (B, D) and labels (B,), not {tuple(embeddings.shape)} and {tuple(labels.shape)}"
-        )
+        raise ValueError(f"{embeddings.shape} and {labels.shape} are not shapes (B, D) and (B,)")
     with torch.autocast(embeddings.device.type, enabled=False):
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-        # From differences, not from |a|^2 - 2ab + |b|^2, which cancels far from the origin. The
-        # gradient at distance 0 is 0.
+        # From differences, as |a|^2 - 2ab + |b|^2 cancels far from the origin.
         distances = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
         same_identity = labels[:, None] == labels  # (B, B)
         hardest_positive = distances.masked_fill(~same_identity, -torch.inf).amax(1)
@@ -45,12 +42,11 @@ def branch_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of both losses of both branches, to call backward on, and its parts, to log.
 
-    outputs are the network's {branch: (embedding (B, D), logits (B, classes))}, labels (B,). The parts are
-    detached scalars: the loss, and each branch's triplet loss, cross-entropy and accuracy (the share of images
-    whose identity it names). Not in the paper: smoothing 0.1 (Szegedy et al. 2016), and weight 1 for each of
-    the four losses.
-
-    Not in the paper, under DistributedDataParallel: triplets are mined over the whole batch, as by DataParallel.
+    outputs are the network's {branch: (embedding (B, D), logits (B, classes))}, labels (B,). The
+    parts are detached scalars: the loss, and each branch's triplet loss, cross-entropy and accuracy
+    (the share of images whose identity it names). Not in the paper: smoothing 0.1 (Szegedy et al.
+    2016), weight 1 for each of the four losses, and under DistributedDataParallel triplets mined
+    over the whole batch, as by DataParallel.
     """
     all_labels = gather(labels)
     losses, accuracies = {}, {}
@@ -66,8 +62,8 @@ def branch_losses(
 def gather(x: Tensor) -> Tensor:
     """(B, ...) of each process -> (processes * B, ...) on all, in the order of their ranks.
 
-    Without torch.distributed returns x itself. A gradient flows into this process's own x alone, times the number
-    of processes: the gradient of a loss on the whole is then the mean over the processes, which DDP takes.
+    Without torch.distributed returns x itself. A gradient flows into this process's own x alone,
+    times the number of processes: DDP takes the mean over them, and so the whole gradient.
     """
     if not dist.is_initialized():
         return x

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors of SONA-Net in plain PyTorch
-"""SONA-Net: second-order non-local attention networks for person re-identification (Xia et al., ICCV 2019).
+"""The network of SONA-Net, for person re-identification (Xia et al., ICCV 2019).
 
 Fig. 2:
     images (B, 3, 384, 128)
@@ -23,10 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.models.resnet import Bottleneck, ResNet
-
-
-class WeightsError(ValueError):
-    """Pretrained weights that cannot be had or do not fit; the message is one line for the user."""
 
 
 class SONA(nn.Module):
@@ -61,13 +57,13 @@ class SONA(nn.Module):
         return theta - theta.mean(2, keepdim=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        theta_c, g = self.centred_theta(x)[:, None], tokens(self.g(x))[:, None]  # one head: (B, 1, HW, d)
+        theta_c, g = self.centred_theta(x)[:, None], tokens(self.g(x))[:, None]  # (B, 1 head, HW, d)
         z = F.scaled_dot_product_attention(theta_c, theta_c, g, scale=self.scale)
         z = z[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (B, d, H, W)
         return x + self.p(z)
 
     def attention(self, x: Tensor) -> Tensor:
-        """The softmax of Eq. 2, (B, HW, HW) with rows that sum to 1; in eval mode, to look at it (Fig. 3)."""
+        """The softmax of Eq. 2, (B, HW, HW), whose rows sum to 1; to look at in eval mode (Fig. 3)."""
         theta_c = self.centred_theta(x)
         return (theta_c @ theta_c.transpose(1, 2) * self.scale).softmax(2)
 
@@ -80,24 +76,13 @@ def tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2).contiguous()
 
 
-PLACEMENTS = {  # what stands after stage 2, after stage 3, after stage 4 on a branch (Sec. 3.3, 3.4)
-    "none": {},
-    "2": {"stage2": SONA},
-    "3": {"stage3": SONA},
-    "2+3": {"stage2": SONA, "stage3": SONA},
-    "4-global": {"global": SONA},
-    "4-local": {"local": SONA},
-    "4-both": {"global": SONA, "local": SONA},  # not in the paper: one each, the local one before the bottleneck
-}
-
-
 class DropBlockPlus(nn.Module):
-    """DropBlock with a block of its own height and width: (B, C, H, W) -> same (Sec. 2.1; defaults Sec. 3.2).
+    """DropBlock with a block of its own height and width: (B, C, H, W) -> same (Sec. 2.1, 3.2).
 
-    Not in the paper: gamma, drop_rate here, is the share of positions to drop, before blocks overlap (as a
-    seed rate it would drop 78 % of the map); one mask per image, shared by its channels; the rest rescaled by one
-    factor for all images of a forward pass, so that the mean of their masks is 1. A block larger than the map is
-    cut to it. Identity in eval mode.
+    Not in the paper: gamma, drop_rate here, is the share of positions to drop, before blocks
+    overlap; one mask per image, shared by its channels; the rest rescaled by one factor for all
+    images of a forward pass, so that the mean of their masks is 1. A block larger than the map
+    is cut to it. Identity in eval mode.
     """
 
     def __init__(self, drop_rate: float = 0.1, block_height: int = 5, block_width: int = 8) -> None:
@@ -109,8 +94,8 @@ class DropBlockPlus(nn.Module):
             return x
         height, width = x.shape[2:]
         block_height, block_width = min(self.block_height, height), min(self.block_width, width)
-        # Seeds are the corners of blocks that lie wholly inside the map, in rows x columns places. Each drops
-        # block_height * block_width positions, and drop_rate of height * width are to go (Ghiasi et al. 2018, Eq. 1).
+        # Seeds are the corners of blocks that lie wholly inside the map, in rows x columns places.
+        # Each drops a block, and drop_rate of the map is to go (Ghiasi et al. 2018, Eq. 1).
         rows, columns = height - block_height + 1, width - block_width + 1
         seed_rate = self.drop_rate / (block_height * block_width) * (height * width) / (rows * columns)
         seeds = (torch.rand(len(x), 1, rows, columns, device=x.device) < seed_rate).float()
@@ -121,21 +106,11 @@ class DropBlockPlus(nn.Module):
         return x * mask.to(x.dtype)
 
 
-class GlobalMaxPool(nn.Module):
-    """The maximum over positions: (B, C, H, W) -> (B, C, 1, 1) (Sec. 2.1).
-
-    On GPUs AdaptiveMaxPool2d copies a channels-last map and works through it one channel a block; this does not.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(x, x.shape[2:])
-
-
 class BatchDropBlock(nn.Module):
     """BFE's drop layer: (B, C, H, W) -> same (BL+BFE, Sec. 3.4).
 
-    Not in the paper: one rectangle for all images of a forward pass. The ratios are the rectangle's height and
-    width as shares of the map's. Identity in eval mode.
+    Not in the paper: one rectangle for all images of a forward pass. The ratios are its height
+    and width as shares of the map's. Identity in eval mode.
     """
 
     def __init__(self, height_ratio: float, width_ratio: float) -> None:
@@ -150,15 +125,25 @@ class BatchDropBlock(nn.Module):
         top = torch.randint(height - rows + 1, (1,), device=x.device)
         left = torch.randint(width - columns + 1, (1,), device=x.device)
         row, column = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
-        inside = (top <= row) & (row < top + rows) & (left <= column) & (column < left + columns)  # (H, W)
-        return x.masked_fill(inside, 0)
+        inside = (top <= row) & (row < top + rows) & (left <= column) & (column < left + columns)
+        return x.masked_fill(inside, 0)  # inside: (H, W)
 
+
+PLACEMENTS = {  # what stands after stage 2, stage 3, stage 4 on a branch (Sec. 3.3, 3.4)
+    "none": {},
+    "2": {"stage2": SONA},
+    "3": {"stage3": SONA},
+    "2+3": {"stage2": SONA, "stage3": SONA},
+    "4-global": {"global": SONA},
+    "4-local": {"local": SONA},
+    "4-both": {"global": SONA, "local": SONA},  # not in the paper: a module for each branch
+}
 
 DROPS = {  # the local branch's drop layer: BL, BL+DB, BL+DB+ and BL+BFE (Table 5)
     "none": nn.Identity,
     "dropblock": partial(DropBlockPlus, block_height=7, block_width=7),  # not in the paper: 7 x 7
     "dropblock+": DropBlockPlus,
-    "bfe": partial(BatchDropBlock, height_ratio=1 / 3, width_ratio=1),  # not in the paper: a third, full width
+    "bfe": partial(BatchDropBlock, height_ratio=1 / 3, width_ratio=1),  # not in the paper: the ratios
 }
 
 
@@ -169,23 +154,18 @@ class SONANet(nn.Module):
     drop     the local branch's drop layer, a key of DROPS
     weights  of the backbone: None, "imagenet", or the path of a ResNet-50 state dict
 
-    Input: (B, 3, height, width) floats, normalised by ImageNet's mean and standard deviation. In training
-    mode returns {"global": (embedding (B, 512), logits (B, num_classes)), "local": (embedding (B, 1024),
-    logits)}, under autocast, too, in the parameters' precision; in eval mode the two embeddings concatenated,
-    (B, 1536). The paper's test embedding is the mean of an image's and its mirror image's (Sec. 3.2).
-
-    Raises ValueError for an unknown sona or drop, WeightsError for weights that cannot be loaded.
+    Input: (B, 3, height, width) floats, normalised by ImageNet's mean and standard deviation.
+    In training mode returns {"global": (embedding (B, 512), logits (B, num_classes)),
+    "local": (embedding (B, 1024), logits)}, in the parameters' precision, under autocast too; in
+    eval mode the two embeddings concatenated, (B, 1536). The paper's test embedding is the mean
+    of an image's and its mirror image's (Sec. 3.2). Raises KeyError for an unknown sona or drop.
     """
 
     def __init__(self, num_classes: int, sona: str = "2", drop: str = "dropblock+", weights: str | None = None) -> None:
         super().__init__()
-        if sona not in PLACEMENTS:
-            raise ValueError(f"sona is {sona!r}; choose from {', '.join(PLACEMENTS)}")
-        if drop not in DROPS:
-            raise ValueError(f"drop is {drop!r}; choose from {', '.join(DROPS)}")
 
         def sona_after(place: str, channels: int) -> nn.Module:
-            return PLACEMENTS[sona][place](channels) if place in PLACEMENTS[sona] else nn.Identity()
+            return PLACEMENTS[sona].get(place, nn.Identity)(channels)
 
         backbone = dilated_resnet50(weights)
         self.stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool)
@@ -195,18 +175,15 @@ class SONANet(nn.Module):
         self.sona3 = sona_after("stage3", 1024)
         self.stage4 = backbone.layer4
 
-        # Not in the paper: new layers have PyTorch's initialisation, classifiers weights from N(0, 0.001), so that the
-        # loss starts at ln(num_classes).
-        self.global_branch = nn.Sequential(
-            sona_after("global", 2048), nn.AdaptiveAvgPool2d(1), feature_reduction(2048, 512)
-        )
-        self.local_branch = nn.Sequential(
-            sona_after("local", 2048),
-            Bottleneck(2048, 512),
-            DROPS[drop](),
-            GlobalMaxPool(),
-            feature_reduction(2048, 1024),
-        )
+        # Not in the paper: PyTorch's initialisation of new layers, but for the classifiers' weights
+        # a standard deviation of 0.001, so that the loss starts at ln(num_classes); on the local
+        # branch SONA stands before the bottleneck.
+        self.global_sona = sona_after("global", 2048)
+        self.global_reduction = feature_reduction(2048, 512)
+        self.local_sona = sona_after("local", 2048)
+        self.local_bottleneck = Bottleneck(2048, 512)
+        self.drop = DROPS[drop]()
+        self.local_reduction = feature_reduction(2048, 1024)
         self.global_classifier = nn.Linear(512, num_classes)
         self.local_classifier = nn.Linear(1024, num_classes)
         for classifier in (self.global_classifier, self.local_classifier):
@@ -218,8 +195,14 @@ class SONANet(nn.Module):
         x = self.sona2(self.stage2(x))  # (B, 512, H/8, W/8)
         x = self.sona3(self.stage3(x))  # (B, 1024, H/8, W/8)
         x = self.stage4(x)  # (B, 2048, H/8, W/8)
-        global_embedding = self.global_branch(x)  # (B, 512)
-        local_embedding = self.local_branch(x)  # (B, 1024)
+
+        average = F.adaptive_avg_pool2d(self.global_sona(x), 1)  # (B, 2048, 1, 1)
+        global_embedding = self.global_reduction(average)  # (B, 512)
+
+        y = self.drop(self.local_bottleneck(self.local_sona(x)))  # (B, 2048, H/8, W/8)
+        maximum = F.max_pool2d(y, y.shape[2:])  # (B, 2048, 1, 1); adaptive_max_pool2d is slow on GPUs
+        local_embedding = self.local_reduction(maximum)  # (B, 1024)
+
         if not self.training:
             return torch.cat([global_embedding, local_embedding], 1)  # Sec. 2.1
         with torch.autocast(images.device.type, enabled=False):  # not in the paper: classifiers and losses in float32
@@ -232,35 +215,24 @@ class SONANet(nn.Module):
 
 
 def feature_reduction(channels: int, reduced: int) -> nn.Sequential:
-    """The feature reduction module of both branches: (B, channels, 1, 1) -> (B, reduced) (Sec. 2.1)."""
+    """The feature reduction of both branches: (B, channels, 1, 1) -> (B, reduced) (Sec. 2.1)."""
     return nn.Sequential(nn.Conv2d(channels, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU(), nn.Flatten())
 
 
 def dilated_resnet50(weights: str | None = None) -> ResNet:
     """ResNet-50 whose stages 3 and 4 keep stage 2's map, of stride 8, by dilation (Sec. 2.1).
 
-    weights as in SONANet. Raises WeightsError. Not in the paper: the dilation, 2 in stage 3 and 4 in stage 4
-    (half of it in a stage's first block).
+    weights as in SONANet; raises what torch does for a file that it cannot load. Not in the paper:
+    the dilation, 2 in stage 3 and 4 in stage 4 (half of it in a stage's first block).
     """
-    # Not in the paper: training without ImageNet weights, for which residual branches start at zero.
+    # Not in the paper: training without ImageNet weights; then residual branches start at zero.
     network = resnet50(replace_stride_with_dilation=[False, True, True], zero_init_residual=weights is None)
     if weights is None:
         return network
-    imagenet, source = ResNet50_Weights.IMAGENET1K_V1, weights  # not in the paper: which weights; these existed then
-    try:
-        if weights == "imagenet":
-            source = f"{imagenet.url}, kept in {torch.hub.get_dir()}/checkpoints"
-            state = imagenet.get_state_dict(check_hash=True, weights_only=True)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # no file, no connection, a download cut short, a damaged file
-        reason = error.strerror or error if isinstance(error, OSError) else "damaged or not PyTorch weights"
-        raise WeightsError(
-            f"cannot read the weights {source}: {reason}; pass the path of a ResNet-50 state dict, or train with none"
-        ) from error
+    if weights == "imagenet":  # not in the paper: which weights; these existed then
+        state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
+    else:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
     network.fc = nn.Identity()
-    try:
-        network.load_state_dict({name: value for name, value in state.items() if not name.startswith("fc.")})
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise WeightsError(f"{weights} does not hold the weights of a ResNet-50") from error
+    network.load_state_dict({name: value for name, value in state.items() if not name.startswith("fc.")})
     return network

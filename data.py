@@ -47,10 +47,8 @@ DATASETS = {
     # The gallery of Table 1, 19,732, less its 3,819 junk images (Sec. 3.1).
     "market1501": Source("market 1501", {"train": (12936, 751), "query": (3368, 750), "gallery": (15913, 750)}),
     "dukemtmc": Source("duke mtmc", {"train": (16522, 702), "query": (2228, 702), "gallery": (17661, 1110)}),
-    "cuhk03": Source("cuhk03 labeled", {"train": (7368, 767), "query": (1400, 700), "gallery": (5328, 700)}),
-    "cuhk03-detected": Source(
-        "cuhk03 detected", {"train": (7365, 767), "query": (1400, 700), "gallery": (5332, 700)}
-    ),
+    "cuhk03": Source("cuhk label", {"train": (7368, 767), "query": (1400, 700), "gallery": (5328, 700)}),
+    "cuhk03-detected": Source("cuhk detect", {"train": (7365, 767), "query": (1400, 700), "gallery": (5332, 700)}),
 }
 
 

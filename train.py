@@ -13,6 +13,7 @@ Usage:
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import sys
 import time
@@ -93,7 +94,9 @@ def start_process() -> tuple[torch.device, int, int]:
     device = torch.device(f"cuda:{local_rank}" if gpu else "cpu")
     if gpu:
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
+    if "RANK" in os.environ:  # gloo and NCCL do not survive a fork: let a server start the readers
+        multiprocessing.set_forkserver_preload(["torchvision"])
+        multiprocessing.set_start_method("forkserver", force=True)
         dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
@@ -210,7 +213,6 @@ def main() -> None:
     if rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         (output / "args.json").write_text(json.dumps(vars(args), indent=2))
-        (output / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
     if args.eval_every and not history:
         print(f"untrained    {summary(evaluate(network, *test)[1].figures())}\n")
 
@@ -251,8 +253,7 @@ def main() -> None:
             print(f"{'trained' if last else '':<13}{summary(record)}", flush=True)
         history.append(record)
         if rank == 0:
-            with open(output / "log.jsonl", "a") as log:
-                log.write(json.dumps(record) + "\n")
+            (output / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
             if last or time.perf_counter() - saved >= CHECKPOINT_SECONDS:
                 states = {name: part.state_dict() for name, part in stateful.items()}
                 save(states | {"history": history, "settings": vars(args)}, output / "last.pt")

@@ -225,7 +225,7 @@ class IdentitySampler:
         if len(self.images_of_id) < ids_per_batch:
             raise DataError(f"{len(self.images_of_id)} identities, but {ids_per_batch} are to be in a batch")
         if ids_per_batch % world_size:
-            raise DataError(f"{ids_per_batch} identities a batch, for {world_size} processes alike")
+            raise DataError(f"{ids_per_batch} identities a batch do not divide by {world_size} processes")
         self.ids_per_batch, self.images_per_id, self.seed = ids_per_batch, images_per_id, seed
         self.rank, self.ids_per_process = rank, ids_per_batch // world_size
         self.epoch = 0

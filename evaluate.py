@@ -53,9 +53,9 @@ def evaluate_ranking(
 
     features (N, D), ids and cams (N,). For each query, gallery images of its own identity under its
     own camera do not count, nor does junk (identity -1, Sec. 3.1). Not in the paper: distances are
-    Euclidean, on raw features, in their precision, at least float32; equal distances rank in gallery
-    order; AP is the mean of the precisions at each true match; queries without a true match under
-    another camera are left out of the mean.
+    Euclidean, on raw features, in their precision, at least float32; if computed equal, they rank in
+    gallery order; AP is the mean of the precisions at each true match; queries without a true match
+    under another camera are left out of the mean.
 
     Raises ValueError where shapes do not fit, features are not finite, or no query has a true match.
     """
@@ -67,13 +67,13 @@ def evaluate_ranking(
         raise ValueError(f"lengths: features {len(queries)}, {len(gallery)}; labels {[*map(len, labels)]}")
     half_norms = np.einsum("nd,nd->n", gallery, gallery) / 2
     if not np.isfinite(queries.sum() + half_norms.sum()):
-        raise ValueError("the features hold nan, inf or numbers too large; did the training go wrong?")
+        raise ValueError("the features hold nan, inf or numbers too large to square")
     half_norms[gallery_ids == -1] = np.inf  # junk comes last, behind every match
 
     average_precisions, hits = np.full(len(queries), np.nan), np.zeros(max_rank)
     slab = max(1, 2**23 // len(gallery))  # queries at a time: 8M distances, 32 MB in float32
     for start in range(0, len(queries), slab):
-        # |q - g|^2 / 2 without |q|^2 / 2, which is the same for all g: one matrix product.
+        # |q - g|^2 / 2 less |q|^2 / 2, the same for all g: one product, exact enough near the origin.
         distances = half_norms - queries[start : start + slab] @ gallery.T  # (slab, gallery)
         for query, row in enumerate(distances, start):
             same_id = np.flatnonzero(gallery_ids == query_ids[query])
@@ -156,9 +156,9 @@ def parse_args() -> argparse.Namespace:
     add("--dataset", choices=DATASETS, help="rank another set than the run's own")
     add("--data-dir", help="where the data sets lie [as in the run's training]")
     add("--workers", type=int, default=2, help="processes that read images [%(default)s]")
-    add("--ranking", metavar="PNG", help="draw queries with their nearest images")
-    add("--attention", metavar="PNG", help="draw SONA's attention, as in Fig. 3, and rank nothing")
-    add("--curves", metavar="PNG", help="draw losses and mAP of runs, and rank nothing")
+    add("--ranking", metavar="PNG", help="draw queries and their nearest images, by the last RUN")
+    add("--attention", metavar="PNG", help="only draw the first RUN's attention, as in Fig. 3")
+    add("--curves", metavar="PNG", help="only draw losses and mAP of runs")
     add("--query", nargs="+", metavar="IMAGE", help="rank your own photos, crops of one person each")
     add("--gallery", metavar="FOLDER", help="where to search for them, with its subfolders")
     args = parser.parse_args()
@@ -176,7 +176,8 @@ def main() -> None:
     network, settings = runs[args.runs[0]]
     size, ranking = (settings["height"], settings["width"]), None
     if args.query:
-        query, gallery = photos(args.query, 0), photos(Path(args.gallery or "").rglob("*"), 1)
+        files = Path(args.gallery).rglob("*") if args.gallery else args.query
+        query, gallery = photos(args.query, 0), photos(files, 1)
     else:
         name = args.dataset or settings["dataset"]
         splits = load_dataset(name, args.data_dir or settings["data_dir"])
@@ -198,7 +199,7 @@ def main() -> None:
             features, ranking = evaluate(network, query, gallery, *size, args.workers)
             figures.append(list(ranking.figures().values()))
             print(f"{run:<22}  {summary(ranking.figures())}")
-        if len(runs) > 1:  # the deviation is the population's, as the paper's seem to be
+        if len(runs) > 1:  # not in the paper: the population's deviation, as its own seem to be
             for title, of in (("mean", np.mean), ("standard deviation", np.std)):
                 print(f"{title:<22}  {summary(dict(zip(ranking.figures(), of(figures, 0), strict=True)))}")
     if args.ranking:
@@ -287,9 +288,9 @@ def draw_attention(network: nn.Module, paths: list[str], height: int, width: int
     device = next(network.parameters()).device
     picture = []
     for path, (pixels, _) in zip(paths, ImageDataset(paths, height, width), strict=True):
-        sona, x = sona_input(network, normalize(pixels[None].to(device)))
-        rows, columns = x.shape[2:]
-        weights = rows * columns * sona.attention(x)[0].cpu()  # (HW, HW)
+        sona, features = sona_input(network, normalize(pixels[None].to(device)))
+        rows, columns = features.shape[2:]
+        weights = rows * columns * sona.attention(features)[0].cpu()  # (HW, HW)
         picture.append([tile(path, "white", "")])
         for name, (top, left) in POINTS.items():
             point, image = int(top * rows) * columns + int(left * columns), picture[-1][0][0].copy()

@@ -20,7 +20,7 @@ def batch_hard_triplet_loss(embeddings: Tensor, labels: Tensor, margin: float | 
     autocast too. With margin None the soft margin, mean of softplus(d_ap - d_an); with a number
     the hard one, mean of relu(margin + d_ap - d_an). Not in the paper: the soft margin, on raw
     embeddings under Euclidean distance. An anchor alone in its identity is its own positive, at
-    distance 0; in a batch of one identity the soft loss is 0, as there is no triplet.
+    distance 0; in a batch of one identity the loss is 0, as there is no triplet.
 
     Raises ValueError where the shapes do not fit.
     """
@@ -63,7 +63,7 @@ def gather(x: Tensor) -> Tensor:
     """(B, ...) of each process -> (processes * B, ...) on all, in the order of their ranks.
 
     Without torch.distributed returns x itself. A gradient flows into this process's own x alone,
-    times the number of processes: DDP takes the mean over them, and so the whole gradient.
+    times the number of processes, so that the mean over them, which DDP takes, is the whole gradient.
     """
     if not dist.is_initialized():
         return x

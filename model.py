@@ -181,7 +181,7 @@ class SONANet(nn.Module):
         self.global_sona = sona_after("global", 2048)
         self.global_reduction = feature_reduction(2048, 512)
         self.local_sona = sona_after("local", 2048)
-        self.local_bottleneck = Bottleneck(2048, 512)
+        self.local_bottleneck = Bottleneck(2048, 512)  # not in the paper: undilated
         self.drop = DROPS[drop]()
         self.local_reduction = feature_reduction(2048, 1024)
         self.global_classifier = nn.Linear(512, num_classes)

@@ -94,9 +94,8 @@ def start_process() -> tuple[torch.device, int, int]:
     device = torch.device(f"cuda:{local_rank}" if gpu else "cpu")
     if gpu:
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:  # gloo and NCCL do not survive a fork: let a server start the readers
-        multiprocessing.set_forkserver_preload(["torchvision"])
-        multiprocessing.set_start_method("forkserver", force=True)
+    if "RANK" in os.environ:
+        multiprocessing.set_start_method("spawn", force=True)  # gloo and NCCL do not survive a fork
         dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
@@ -134,8 +133,8 @@ def adam(network: nn.Module, lr: float) -> torch.optim.Adam:
 class Passes(nn.Module):
     """The network on a process's images of a batch, in passes of a few as on each of the paper's GPUs.
 
-    Not in the paper: each pass is normalised on its own, and the first of the whole batch updates
-    batch norm's running statistics, as DataParallel keeps the first GPU's. A pass's flips, cutouts and
+    Not in the paper: batch norm takes each pass alone, and the first of the whole batch updates its
+    running statistics, as DataParallel keeps the first GPU's. A pass's flips, cutouts and
     drop masks are a function of seed, epoch, step and its number in the whole batch, so that a step is
     the same on any number of processes. With recompute one pass's activations are in memory at a time;
     the others' are computed again in backward.
@@ -167,7 +166,7 @@ class Passes(nn.Module):
     def run_pass(self, images: Tensor, moment: tuple[int, ...]) -> dict[str, tuple[Tensor, Tensor]]:
         torch.manual_seed(int(np.random.SeedSequence(moment).generate_state(1)[0]))
         for norm in self.norms:
-            norm.track_running_stats = moment[-1] == 0
+            norm.track_running_stats = moment[-1] == 0  # in the whole batch's first pass
         # Autocast for each pass: around all it would sum the gradients of bf16 weights in bf16.
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.network(augment(images))

@@ -98,14 +98,14 @@ def find_folder(name: str, data_dir: str | Path) -> Path:
     """
     pattern = re.compile(rf"(^|/){DATASETS[name].words.replace(' ', '.*')}\w*$")
     folders = [Path(data_dir)]
-    for _ in range(4):
+    for depth in range(4):
         for folder in folders:
             # Its parent's name and its own, as in cuhk03-np/labeled, without dashes, dots and such.
             names = Path(os.path.abspath(folder)).parts[-2:]
             named = pattern.search("/".join(re.sub(r"[\W_]", "", part.lower()) for part in names))
             if named and all((folder / images).is_dir() for images in FOLDERS.values()):
                 return folder
-        below = [path for folder in folders for path in sorted(folder.glob("[!._]*"))]
+        below = [path for folder in folders if depth < 3 for path in sorted(folder.glob("[!._]*"))]
         folders = [path for path in below if path.name not in FOLDERS.values() and path.is_dir()]
     raw = " (cuhk-03.mat is the raw release; cuhk03-np is meant)" * name.startswith("cuhk03")
     wanted = f"named like '{DATASETS[name].words}' with {', '.join(FOLDERS.values())}{raw}"

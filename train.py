@@ -7,7 +7,7 @@ Usage:
     torchrun --nproc_per_node=4 train.py --dataset cuhk03              # the paper's run (Sec. 3.2)
     python train.py --dataset cuhk03 --recompute                       # the same run on one GPU
     python train.py --dataset market1501 --sona 2+3 --output runs/m23  # a variant
-    python train.py --output runs/m23 --resume                         # go on where it stopped
+    python train.py --dataset cuhk03 --resume                          # go on where it stopped
 """
 
 import argparse
@@ -147,7 +147,7 @@ class Passes(nn.Module):
         super().__init__()
         self.network, self.images_per_pass, self.rank = network, images_per_pass, rank
         self.dtype, self.recompute = PRECISIONS[precision], recompute
-        self.norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+        self.norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
     def forward(self, images: Tensor, moment: tuple[int, int, int]) -> dict[str, tuple[Tensor, Tensor]]:
         if len(images) % min(self.images_per_pass, len(images)):
@@ -201,7 +201,7 @@ def main() -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     stateful = {"network": network, "optimizer": optimizer, "scaler": scaler}
     for name, part in stateful.items() if state else ():
-        part.load_state_dict(state[name])
+        part.load_state_dict(state[name] or part.state_dict())  # a scaler that was off has none
     compiled = torch.compile(network) if args.compile else network
     model = Passes(compiled, args.images_per_pass, rank, args.precision, args.recompute)
     if processes > 1:
@@ -258,8 +258,9 @@ def main() -> None:
                 save(states | {"history": history, "settings": vars(args)}, output / "last.pt")
                 saved = time.perf_counter()
     print(f"\nthe run is in {output}")
-    if processes > 1:
-        del model  # before the group: DDP would end it holding the GIL, which gloo may need
+    if dist.is_initialized():
+        dist.barrier()  # gloo's threads may need the GIL to let go of the last tensors, and the group's
+        del model  # end would hold it; so would DDP's, as the group's last owner
         dist.destroy_process_group()
 
 

@@ -71,7 +71,7 @@ def evaluate_ranking(
     half_norms[gallery_ids == -1] = np.inf  # junk comes last, behind every match
 
     average_precisions, hits = np.full(len(queries), np.nan), np.zeros(max_rank)
-    slab = max(1, 2**23 // len(gallery))  # queries at a time: 8M distances, 32 MB in float32
+    slab = max(1, 2**23 // len(gallery))  # queries at a time: 32 MB of distances in float32
     for start in range(0, len(queries), slab):
         # |q - g|^2 / 2 less |q|^2 / 2, the same for all g: one product, exact enough near the origin.
         distances = half_norms - queries[start : start + slab] @ gallery.T  # (slab, gallery)
@@ -83,13 +83,14 @@ def evaluate_ranking(
             if len(matches) == 0 or query_ids[query] == -1:
                 continue
             # A match's rank, from 0: how many are nearer, or as near and earlier in the gallery.
-            ranks = np.sort([np.sum(row[:i] <= row[i]) + np.sum(row[i:] < row[i]) for i in matches])
+            ranks = [np.count_nonzero(row[:i] <= row[i]) + np.count_nonzero(row[i:] < row[i]) for i in matches]
+            ranks = np.sort(ranks)
             average_precisions[query] = np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1))
             hits[ranks[0] :] += 1
 
     counted = np.count_nonzero(~np.isnan(average_precisions))
     if counted == 0:
-        raise ValueError("no query has a true match under another camera; are ids and cams right?")
+        raise ValueError("no query has a true match under another camera")
     return Ranking(hits / counted, float(np.nanmean(average_precisions)), average_precisions)
 
 
@@ -130,7 +131,7 @@ def extract_features(
 def evaluate(
     network: nn.Module, query: Split, gallery: Split, height: int, width: int, workers: int = 0
 ) -> tuple[list[np.ndarray], Ranking]:
-    """The features of query and gallery, and their ranking."""
+    """The features of query and gallery, and the ranking."""
     features = [extract_features(network, x.paths, height, width, workers) for x in (query, gallery)]
     return features, evaluate_ranking(*features, query.ids, gallery.ids, query.cams, gallery.cams)
 
@@ -220,7 +221,7 @@ TILE = (112, 224)  # width and height of an image in a picture
 
 
 def tile(path: str, frame: str, words: str) -> tuple[Image.Image, str, str]:
-    """An image file, the colour of its frame, its name's end and words. Raises DataError."""
+    """An image file, its frame, its name's end and words. Raises DataError."""
     return TF.to_pil_image(read_image(path)).resize(TILE), frame, f"{Path(path).stem[-18:]}\n{words}"
 
 
@@ -249,7 +250,7 @@ def draw_ranking(
     query: Split, gallery: Split, features: list[np.ndarray], ranking: Ranking | None
 ) -> Image.Image:
     """A row a query (blue), with its ten nearest gallery images; without a ranking, for unlabelled ones."""
-    chosen, title = range(len(query.paths)), "Queries (blue), their nearest images and the distances"
+    chosen, title = range(len(query.paths)), "Queries (blue), their nearest images, the distances"
     if ranking:
         title += ", from the lowest AP up; green: the same person, red: another"
         order = np.argsort(ranking.average_precisions)  # nan comes last
@@ -285,8 +286,7 @@ POINTS["background"] = (0.2, 0.08)
 @torch.inference_mode()
 def draw_attention(network: nn.Module, paths: list[str], height: int, width: int) -> Image.Image:
     """Fig. 3, in eval mode, of the first SONA module: a row an image, a column one of POINTS."""
-    device = next(network.parameters()).device
-    picture = []
+    picture, device = [], next(network.parameters()).device
     for path, (pixels, _) in zip(paths, ImageDataset(paths, height, width), strict=True):
         sona, features = sona_input(network, normalize(pixels[None].to(device)))
         rows, columns = features.shape[2:]

@@ -1,7 +1,8 @@
 """Train the rows of the study of attention in README.md: `train.py` with one thing changed, on the toy.
 
 From the repository's folder: PYTHONPATH=. python .github/benchmarks/study.py ROW SEED [more flags of train.py]
-with ROW one of paper, decay (weight decay on theta, too), d1 and d05 (scale d^-1, d^-0.5), none (no SONA).
+with ROW one of paper, decay (weight decay on theta, too), d1 and d05 (scale d^-1, d^-0.5), none (no SONA: BL+DB+) and
+bl (no DropBlock+ either: BL).
 """
 
 import sys
@@ -26,6 +27,7 @@ if __name__ == "__main__":
     row, seed, *more = sys.argv[1:]
     if row == "decay":
         train.adam = lambda network, lr: torch.optim.Adam(network.parameters(), lr, weight_decay=5e-4, fused=True)
-    flags = f"--sona {row if row in PLACEMENTS else '2'} --seed {seed} --output runs/{row}-{seed} --resume"
+    sona = {"bl": "none --drop none"}.get(row, row if row in PLACEMENTS else "2")
+    flags = f"--sona {sona} --seed {seed} --output runs/{row}-{seed} --resume"
     sys.argv = ["train.py", *"--ids-per-batch 4 --epochs 60 --eval-every 0".split(), *flags.split(), *more]
     train.main()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors of SONA-Net in plain PyTorch
-"""Data of SONA-Net (Xia et al., ICCV 2019): data sets, sampler, augmentation, a toy to draw.
+"""Data of SONA-Net (Xia et al., ICCV 2019): data sets, sampler, augmentation, a drawn toy.
 
 Usage:
     splits = load_dataset("market1501", "datasets")     # {"train": Split, "query", "gallery"}
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
-NAMES = "<identity>_c<camera>_..., as 0002_c1s1_000451_03.jpg"
+NAMES = "<identity>_c<camera>_..., e.g. 0002_c1s1_000451_03.jpg"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
@@ -63,7 +63,7 @@ class DataError(ValueError):
 
 
 class Split(NamedTuple):
-    """Images with their labels, as of one folder."""
+    """The images of a folder, with their labels."""
 
     paths: list[str]
     ids: np.ndarray  # (N,) identities as in the file names; in a gallery 0 is a distractor
@@ -76,9 +76,9 @@ class Split(NamedTuple):
 
 
 def load_dataset(name: str, data_dir: str | Path) -> dict[str, Split]:
-    """The train, query and gallery split of a set of DATASETS, wherever it lies in data_dir.
+    """The train, query and gallery splits of a set in DATASETS, wherever it is in data_dir.
 
-    The toy is drawn on first use. Raises DataError where a set is not found or cannot be used.
+    The toy is drawn on first use. Raises DataError if the set is not found or cannot be used.
     """
     if name == "toy" and not Path(data_dir, "toy").exists():
         draw_toy(Path(data_dir, "toy"))
@@ -87,14 +87,14 @@ def load_dataset(name: str, data_dir: str | Path) -> dict[str, Split]:
     query, gallery = splits["query"], splits["gallery"]
     pairs = zip(query.ids, query.cams, strict=True)
     if not any(np.any((gallery.ids == i) & (gallery.cams != cam)) for i, cam in pairs):
-        raise DataError(f"{folder}: no query has a match under another camera; names are {NAMES}")
+        raise DataError(f"{folder}: no query has a match from another camera; names are {NAMES}")
     return splits
 
 
 def find_folder(name: str, data_dir: str | Path) -> Path:
-    """The first folder named like the set that holds its three: data_dir, or up to three below.
+    """The first folder with the set's name and all FOLDERS: data_dir, or up to three levels below.
 
-    Raises DataError where there is none.
+    Raises DataError if there is none.
     """
     pattern = re.compile(rf"(^|/){DATASETS[name].words.replace(' ', '.*')}\w*$")
     folders = [Path(data_dir)]
@@ -107,13 +107,13 @@ def find_folder(name: str, data_dir: str | Path) -> Path:
                 return folder
         below = [path for folder in folders if depth < 3 for path in sorted(folder.glob("[!._]*"))]
         folders = [path for path in below if path.name not in FOLDERS.values() and path.is_dir()]
-    raw = " (cuhk-03.mat is the raw release; cuhk03-np is meant)" * name.startswith("cuhk03")
+    raw = " (cuhk-03.mat is the raw release; use cuhk03-np)" * name.startswith("cuhk03")
     wanted = f"named like '{DATASETS[name].words}' with {', '.join(FOLDERS.values())}{raw}"
     raise DataError(f"{name}: found no folder {wanted} in {data_dir} or up to three folders below")
 
 
 def read_split(folder: Path) -> Split:
-    """The images of a folder by their NAMES, but for junk (identity -1). Raises DataError."""
+    """The images of a folder, labelled by NAMES, except junk (identity -1). Raises DataError."""
     images = []  # (path, identity, camera)
     for file in sorted(os.listdir(folder)):
         if file.startswith(".") or not file.lower().endswith(EXTENSIONS):
@@ -124,7 +124,7 @@ def read_split(folder: Path) -> Split:
         if match[1] != "-1":
             images.append((str(folder / file), int(match[1]), int(match[2])))
     if not images:
-        hint = "; move them up from its folders" * any(path.is_dir() for path in folder.iterdir())
+        hint = "; move them up out of subfolders" * any(path.is_dir() for path in folder.iterdir())
         raise DataError(f"{folder} holds no images ({', '.join(EXTENSIONS)}){hint}")
     paths, ids, cams = zip(*images, strict=True)
     return Split(list(paths), np.array(ids), np.array(cams))
@@ -141,7 +141,7 @@ def describe(name: str, splits: dict[str, Split]) -> str:
         lines.append(f"  {split:<14}{counts[0]:>8,}{counts[1]:>12,}{len(np.unique(cams)):>9}")
         published = DATASETS[name].counts.get(split, counts)
         if counts != published:
-            lines[-1] += "   published: {:,} of {:,}".format(*published)
+            lines[-1] += "   published: {:,} and {:,}".format(*published)
     return "\n".join([*lines, f"from {Path(paths[0]).parents[1]}"])
 
 
@@ -181,7 +181,7 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor) -> Tensor:
-    """(B, 3, H, W) uint8 on any device -> flipped, normalised and cut out (Sec. 3.2)."""
+    """(B, 3, H, W) uint8 on any device -> flipped, normalised, with cutout (Sec. 3.2)."""
     flipped = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5  # half of them
     return cutout(normalize(torch.where(flipped, images.flip(3), images)))
 
@@ -190,7 +190,7 @@ def cutout(images: Tensor, probability: float = 0.5) -> Tensor:
     """Cutout: (B, C, H, W) normalised floats, in place (Sec. 3.2).
 
     Not in the paper: probability 0.5, one 64 x 64 square inside the image, 0 after normalisation;
-    at other sizes than 384 x 128 the same share of the area, 1/12.
+    at sizes other than 384 x 128, the same share of the area, 1/12.
     """
     batch, _, height, width = images.shape
     side = min(round(math.sqrt(height * width / 12)), height, width)
@@ -206,15 +206,14 @@ def cutout(images: Tensor, probability: float = 0.5) -> Tensor:
 
 
 class IdentitySampler:
-    """Batches of P identities x K images (Sec. 3.2): a batch_sampler.
+    """A batch_sampler of P identities x K images (Sec. 3.2).
 
-    Not in the paper: an epoch is identities // P steps, each identity at most once.
+    labels (N,) identities of the images; yields lists of indices, an identity's images side by side.
+    Not in the paper: an epoch is identities // P steps, each identity at most once; images are
+    repeated if it has fewer than K. Batches depend only on seed and epoch: call set_epoch before
+    each epoch. Process `rank` of `world_size` takes its P / world_size of the identities.
 
-    labels (N,) identities of the images; yields lists of indices, the K images of an identity side
-    by side, drawn with replacement if it has fewer. An epoch is a function of seed and epoch: call
-    set_epoch before each. Process `rank` of `world_size` takes its P / world_size of the identities.
-
-    Raises DataError where there are fewer identities than P, or world_size does not divide P.
+    Raises DataError if there are fewer identities than P, or world_size does not divide P.
     """
 
     def __init__(
@@ -223,9 +222,9 @@ class IdentitySampler:
         labels = np.asarray(labels)
         self.images_of_id = [np.flatnonzero(labels == identity) for identity in np.unique(labels)]
         if len(self.images_of_id) < ids_per_batch:
-            raise DataError(f"{len(self.images_of_id)} identities, but {ids_per_batch} are to be in a batch")
+            raise DataError(f"{len(self.images_of_id)} identities, but a batch needs {ids_per_batch}")
         if ids_per_batch % world_size:
-            raise DataError(f"{ids_per_batch} identities a batch do not divide by {world_size} processes")
+            raise DataError(f"{ids_per_batch} identities are not divisible by {world_size} processes")
         self.ids_per_batch, self.images_per_id, self.seed = ids_per_batch, images_per_id, seed
         self.rank, self.ids_per_process = rank, ids_per_batch // world_size
         self.epoch = 0
@@ -248,14 +247,14 @@ class IdentitySampler:
             yield np.concatenate(drawn[start : start + self.ids_per_process]).tolist()
 
 
-# ---------- The toy: people drawn with Pillow, the same bytes every time --------------------------
+# ---------- The toy: people drawn with Pillow, the same each time ---------------------------------
 
 SKINS, HAIRS = "#f0c8a8 #c98f68 #8a5a3c #5a3a2a".split(), "#1c1815 #4a3122 #a8793f #9a9a96".split()
 COLOURS = "#b3282d #d98032 #d9c24a #3f7d4a #3b8f9c #2f4f96 #6d4a8c #c98aa2 #e6e3dc #8a8d90 #26262b".split()
 
 
 def draw_toy(folder: Path) -> None:
-    """64 people to train on, 3 images under each of 4 cameras; 50 others, a query and 1 image."""
+    """64 people to train on, 3 images from each of 4 cameras; 50 others, 1 query and 1 image each."""
     people = {"train": range(1, 65), "query": range(65, 115), "gallery": range(65, 115)}
     numbers = {"train": (0, 1, 2), "query": (0,), "gallery": (1,)}
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -270,7 +269,7 @@ def draw_toy(folder: Path) -> None:
 
 
 def draw_pedestrian(person: int, camera: int, number: int) -> Image.Image:
-    """A street camera's crop, 64 x 128 pixels: the same three numbers, the same picture."""
+    """A street camera's crop, 64 x 128 pixels: the same numbers give the same picture."""
     who, where, when = map(np.random.default_rng, ((1, person), (2, camera), (3, person, camera, number)))
     skin, hair, (top, second, bottom, bag) = who.choice(SKINS), who.choice(HAIRS), who.choice(COLOURS, 4)
     pattern, carries, long_hair, shorts = who.integers((4, 3, 2, 2))

@@ -4,7 +4,7 @@
 
 Usage:
     python evaluate.py runs/toy                              # mAP and Rank-1, 5, 10
-    python evaluate.py runs/market1501 --dataset dukemtmc    # on another data set than the run's
+    python evaluate.py runs/market1501 --dataset dukemtmc    # on a data set other than the run's
     python evaluate.py runs/a runs/b runs/c runs/d           # mean and standard deviation of runs
     python evaluate.py runs/toy --ranking ranking.png        # queries with their nearest images
     python evaluate.py runs/toy --attention attention.png    # Fig. 3
@@ -51,20 +51,20 @@ def evaluate_ranking(
 ) -> Ranking:
     """CMC and average precision of single queries, by the Market-1501 protocol (Zheng et al. 2015).
 
-    features (N, D), ids and cams (N,). For each query, gallery images of its own identity under its
+    features (N, D), ids and cams (N,). For each query, gallery images of its own identity from its
     own camera do not count, nor does junk (identity -1, Sec. 3.1). Not in the paper: distances are
-    Euclidean, on raw features, in their precision, at least float32; if computed equal, they rank in
+    Euclidean, on raw features, in their precision, at least float32; ties rank in
     gallery order; AP is the mean of the precisions at each true match; queries without a true match
     under another camera are left out of the mean.
 
-    Raises ValueError where shapes do not fit, features are not finite, or no query has a true match.
+    Raises ValueError if lengths do not match, features are not finite, or no query has a true match.
     """
     dtype = np.result_type(query_features, gallery_features, np.float32)
     queries, gallery = np.asarray(query_features, dtype), np.asarray(gallery_features, dtype)
     labels = query_ids, query_cams, gallery_ids, gallery_cams
     query_ids, query_cams, gallery_ids, gallery_cams = map(np.asarray, labels)
     if [*map(len, labels)] != [len(queries), len(queries), len(gallery), len(gallery)]:
-        raise ValueError(f"lengths: features {len(queries)}, {len(gallery)}; labels {[*map(len, labels)]}")
+        raise ValueError(f"lengths differ: features {len(queries)}, {len(gallery)}; labels {[*map(len, labels)]}")
     half_norms = np.einsum("nd,nd->n", gallery, gallery) / 2
     if not np.isfinite(queries.sum() + half_norms.sum()):
         raise ValueError("the features hold nan, inf or numbers too large to square")
@@ -90,7 +90,7 @@ def evaluate_ranking(
 
     counted = np.count_nonzero(~np.isnan(average_precisions))
     if counted == 0:
-        raise ValueError("no query has a true match under another camera")
+        raise ValueError("no query has a true match from another camera")
     return Ranking(hits / counted, float(np.nanmean(average_precisions)), average_precisions)
 
 
@@ -109,8 +109,8 @@ def extract_features(
 ) -> np.ndarray:
     """(N, 1536) test embeddings of images: the mean over an image and its mirror image (Sec. 3.2).
 
-    Under torch.distributed the processes share the images, and each returns all features, by the
-    first one's batch-norm statistics. Leaves the network in eval mode.
+    Under torch.distributed the processes share the images, and each returns all features, with
+    the first one's batch-norm statistics. Leaves the network in eval mode.
     """
     device, rank, processes = next(network.parameters()).device, 0, 1
     if dist.is_initialized():
@@ -137,7 +137,7 @@ def evaluate(
 
 
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[SONANet, dict]:
-    """The network of a run's folder, in eval mode, and the settings that it is trained with."""
+    """The network in a run's folder, in eval mode, and the settings of its training."""
     state = torch.load(Path(run, "last.pt"), map_location="cpu", weights_only=True)
     settings = state["settings"]
     if len(state["history"]) < settings["epochs"]:
@@ -153,15 +153,15 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[SONAN
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate trained runs: mAP and CMC of single queries.")
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="a run's folder; of several, mean and deviation follow")
-    add("--dataset", choices=DATASETS, help="rank another set than the run's own")
-    add("--data-dir", help="where the data sets lie [as in the run's training]")
+    add("runs", nargs="+", metavar="RUN", help="a run's folder; several give mean and deviation, too")
+    add("--dataset", choices=DATASETS, help="evaluate on a set other than the run's")
+    add("--data-dir", help="folder of the data sets [as in the run's training]")
     add("--workers", type=int, default=2, help="processes that read images [%(default)s]")
-    add("--ranking", metavar="PNG", help="draw queries and their nearest images, by the last RUN")
+    add("--ranking", metavar="PNG", help="draw queries and their nearest images for the last RUN")
     add("--attention", metavar="PNG", help="only draw the first RUN's attention, as in Fig. 3")
-    add("--curves", metavar="PNG", help="only draw losses and mAP of runs")
-    add("--query", nargs="+", metavar="IMAGE", help="rank your own photos, crops of one person each")
-    add("--gallery", metavar="FOLDER", help="where to search for them, with its subfolders")
+    add("--curves", metavar="PNG", help="only plot losses and mAP of the runs")
+    add("--query", nargs="+", metavar="IMAGE", help="search for your photos, crops of one person each")
+    add("--gallery", metavar="FOLDER", help="where to search, including subfolders")
     args = parser.parse_args()
     if bool(args.query) != bool(args.gallery) and not args.attention:
         parser.error("--query and --gallery go together")
@@ -208,7 +208,7 @@ def main() -> None:
 
 
 def photos(paths: Iterable[str | Path], camera: int) -> Split:
-    """The images among files, unlabelled and of one camera."""
+    """The images among paths, unlabelled, from one camera."""
     paths = sorted(str(path) for path in paths if str(path).lower().endswith(EXTENSIONS))
     if not paths:
         raise DataError(f"no images ({', '.join(EXTENSIONS)}) in --query or --gallery")
@@ -221,12 +221,12 @@ TILE = (112, 224)  # width and height of an image in a picture
 
 
 def tile(path: str, frame: str, words: str) -> tuple[Image.Image, str, str]:
-    """An image file, its frame, its name's end and words. Raises DataError."""
+    """An image, its frame, the end of its name and words. Raises DataError."""
     return TF.to_pil_image(read_image(path)).resize(TILE), frame, f"{Path(path).stem[-18:]}\n{words}"
 
 
 def draw_rows(rows: list[list[tuple[Image.Image, str, str]]], title: str) -> Image.Image:
-    """Rows of tiles, an image in its frame and its words below."""
+    """Rows of tiles, each a framed image with its words below."""
     width, height = TILE[0] + 14, TILE[1] + 48
     picture = Image.new("RGB", (width * max(map(len, rows)) + 4, height * len(rows) + 32), "white")
     draw = ImageDraw.Draw(picture)
@@ -240,7 +240,7 @@ def draw_rows(rows: list[list[tuple[Image.Image, str, str]]], title: str) -> Ima
 
 
 def nearest(i: int, query: Split, gallery: Split, features: list[np.ndarray]) -> list[tuple[int, float]]:
-    """Query i's ten nearest images and their distances, less those of its identity and camera."""
+    """Query i's ten nearest images and their distances, without those of its identity and camera."""
     distances = np.linalg.norm(features[1] - features[0][i], axis=1)
     other = np.flatnonzero((gallery.ids != query.ids[i]) | (gallery.cams != query.cams[i]))
     return [(j, distances[j]) for j in other[np.argsort(distances[other], kind="stable")[:10]]]
@@ -249,8 +249,8 @@ def nearest(i: int, query: Split, gallery: Split, features: list[np.ndarray]) ->
 def draw_ranking(
     query: Split, gallery: Split, features: list[np.ndarray], ranking: Ranking | None
 ) -> Image.Image:
-    """A row a query (blue), with its ten nearest gallery images; without a ranking, for unlabelled ones."""
-    chosen, title = range(len(query.paths)), "Queries (blue), their nearest images, the distances"
+    """A row per query (blue) with its ten nearest gallery images; no ranking if they are unlabelled."""
+    chosen, title = range(len(query.paths)), "Queries (blue), their nearest images and distances"
     if ranking:
         title += ", from the lowest AP up; green: the same person, red: another"
         order = np.argsort(ranking.average_precisions)  # nan comes last
@@ -285,7 +285,7 @@ POINTS["background"] = (0.2, 0.08)
 
 @torch.inference_mode()
 def draw_attention(network: nn.Module, paths: list[str], height: int, width: int) -> Image.Image:
-    """Fig. 3, in eval mode, of the first SONA module: a row an image, a column one of POINTS."""
+    """Fig. 3, in eval mode, of the first SONA module: a row per image, a column per point."""
     picture, device = [], next(network.parameters()).device
     for path, (pixels, _) in zip(paths, ImageDataset(paths, height, width), strict=True):
         sona, features = sona_input(network, normalize(pixels[None].to(device)))

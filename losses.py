@@ -14,18 +14,18 @@ from torch import Tensor
 
 
 def batch_hard_triplet_loss(embeddings: Tensor, labels: Tensor, margin: float | None = None) -> Tensor:
-    """Triplet loss of each anchor's farthest positive and nearest negative (Hermans et al. 2017, Eq. 5).
+    """Triplet loss on each anchor's farthest positive and nearest negative (Hermans et al. 2017, Eq. 5).
 
-    embeddings (B, D) floats, labels (B,) integers; returns a scalar in float32 or wider, inside
-    autocast too. With margin None the soft margin, mean of softplus(d_ap - d_an); with a number
-    the hard one, mean of relu(margin + d_ap - d_an). Not in the paper: the soft margin, on raw
-    embeddings under Euclidean distance. An anchor alone in its identity is its own positive, at
-    distance 0; in a batch of one identity the loss is 0, as there is no triplet.
+    embeddings (B, D) floats, labels (B,) integers; returns a scalar in float32 or wider, even
+    under autocast. margin None is the soft margin, the mean of softplus(d_ap - d_an); a number is
+    a hard one, the mean of relu(margin + d_ap - d_an). Not in the paper: the soft margin, on raw
+    embeddings under Euclidean distance. An anchor without another image of its identity is its own
+    positive, at distance 0; in a batch of one identity the loss is 0, because there is no triplet.
 
-    Raises ValueError where the shapes do not fit.
+    Raises ValueError if the shapes do not match.
     """
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
-        raise ValueError(f"{embeddings.shape} and {labels.shape} are not shapes (B, D) and (B,)")
+        raise ValueError(f"expected (B, D) and (B,), not {embeddings.shape} and {labels.shape}")
     with torch.autocast(embeddings.device.type, enabled=False):
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         # From differences, as |a|^2 - 2ab + |b|^2 cancels far from the origin.
@@ -40,13 +40,13 @@ def batch_hard_triplet_loss(embeddings: Tensor, labels: Tensor, margin: float | 
 def branch_losses(
     outputs: dict[str, tuple[Tensor, Tensor]], labels: Tensor, margin: float | None = None, smoothing: float = 0.1
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of both losses of both branches, to call backward on, and its parts, to log.
+    """The sum of both losses of both branches, for backward, and its parts, for logging.
 
     outputs are the network's {branch: (embedding (B, D), logits (B, classes))}, labels (B,). The
     parts are detached scalars: the loss, and each branch's triplet loss, cross-entropy and accuracy
-    (the share of images whose identity it names). Not in the paper: smoothing 0.1 (Szegedy et al.
+    (the share of images classified correctly). Not in the paper: smoothing 0.1 (Szegedy et al.
     2016), weight 1 for each of the four losses, and under DistributedDataParallel triplets mined
-    over the whole batch, as by DataParallel.
+    over the whole batch, as with DataParallel.
     """
     all_labels = gather(labels)
     losses, accuracies = {}, {}
@@ -62,8 +62,8 @@ def branch_losses(
 def gather(x: Tensor) -> Tensor:
     """(B, ...) of each process -> (processes * B, ...) on all, in the order of their ranks.
 
-    Without torch.distributed returns x itself. A gradient flows into this process's own x alone,
-    times the number of processes, so that the mean over them, which DDP takes, is the whole gradient.
+    Returns x itself without torch.distributed. Gradients flow only into this process's own x,
+    times the number of processes, so that DDP's mean over processes is the full gradient.
     """
     if not dist.is_initialized():
         return x

@@ -28,15 +28,15 @@ from torchvision.models.resnet import Bottleneck, ResNet
 class SONA(nn.Module):
     """Second-order non-local attention: a residual block, (B, C, H, W) -> (B, C, H, W) (Sec. 2.2).
 
-    Every position attends to every other with the covariance of their d = C / r features,
+    Every position attends to every other by the covariance of their d = C / r features,
 
         Sigma = theta(x) I_bar theta(x)^T,    I_bar = (I - 11^T / d) / d             (1)
         z = softmax(Sigma / sqrt(d)) g(x)                                            (2)
         SONA(x) = x + p(z)                                                           (3)
 
-    I - 11^T / d is idempotent: it takes from a vector its own mean. With theta_c = theta less its
+    I - 11^T / d is idempotent: it subtracts a vector's own mean. With theta_c = theta minus its
     mean over channels, Sigma = theta_c theta_c^T / d, so Eq. 2 is scaled-dot-product attention with
-    query = key = theta_c, value = g(x) and scale d^-1.5, which needs no (HW, HW) matrix in memory.
+    query = key = theta_c, value = g(x) and scale d^-1.5. It needs no (HW, HW) matrix in memory.
     """
 
     def __init__(self, channels: int, reduction: int = 2) -> None:
@@ -63,7 +63,7 @@ class SONA(nn.Module):
         return x + self.p(z)
 
     def attention(self, x: Tensor) -> Tensor:
-        """The softmax of Eq. 2, (B, HW, HW), whose rows sum to 1; to look at in eval mode (Fig. 3)."""
+        """The softmax of Eq. 2, (B, HW, HW), whose rows sum to 1, for viewing in eval mode (Fig. 3)."""
         theta_c = self.centred_theta(x)
         return (theta_c @ theta_c.transpose(1, 2) * self.scale).softmax(2)
 
@@ -71,18 +71,18 @@ class SONA(nn.Module):
 def tokens(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, HW, C), channels contiguous as the fused attention kernels require.
 
-    No copy is made where the map is channels-last already.
+    Makes no copy if the map is already channels-last.
     """
     return x.flatten(2).transpose(1, 2).contiguous()
 
 
 class DropBlockPlus(nn.Module):
-    """DropBlock with a block of its own height and width: (B, C, H, W) -> same (Sec. 2.1, 3.2).
+    """DropBlock with separate block height and width: (B, C, H, W) -> same (Sec. 2.1, 3.2).
 
-    Not in the paper: gamma, drop_rate here, is the share of positions to drop, before blocks
-    overlap; one mask per image, shared by its channels; the rest rescaled by one factor for all
-    images of a forward pass, so that the mean of their masks is 1. A block larger than the map
-    is cut to it. Identity in eval mode.
+    Not in the paper: gamma, here drop_rate, is the share of positions to drop if no blocks
+    overlap; blocks lie inside the map; one mask per image, shared by its channels; the rest rescaled
+    by one factor for all images of a forward pass, so that the mean of their masks is 1. A block
+    larger than the map is clipped to it. Identity in eval mode.
     """
 
     def __init__(self, drop_rate: float = 0.1, block_height: int = 5, block_width: int = 8) -> None:
@@ -156,9 +156,9 @@ class SONANet(nn.Module):
 
     Input: (B, 3, height, width) floats, normalised by ImageNet's mean and standard deviation.
     In training mode returns {"global": (embedding (B, 512), logits (B, num_classes)),
-    "local": (embedding (B, 1024), logits)}, in the parameters' precision, under autocast too; in
+    "local": (embedding (B, 1024), logits)}, in the parameters' precision, even under autocast; in
     eval mode the two embeddings concatenated, (B, 1536). The paper's test embedding is the mean
-    of an image's and its mirror image's (Sec. 3.2). Raises KeyError for an unknown sona or drop.
+    over an image and its mirror image (Sec. 3.2). Raises KeyError for an unknown sona or drop.
     """
 
     def __init__(self, num_classes: int, sona: str = "2", drop: str = "dropblock+", weights: str | None = None) -> None:
@@ -220,10 +220,10 @@ def feature_reduction(channels: int, reduced: int) -> nn.Sequential:
 
 
 def dilated_resnet50(weights: str | None = None) -> ResNet:
-    """ResNet-50 whose stages 3 and 4 keep stage 2's map, of stride 8, by dilation (Sec. 2.1).
+    """ResNet-50 whose stages 3 and 4 keep stage 2's stride-8 map by dilation (Sec. 2.1).
 
-    weights as in SONANet; raises what torch does for a file that it cannot load. Not in the paper:
-    the dilation, 2 in stage 3 and 4 in stage 4 (half of it in a stage's first block).
+    weights as in SONANet; raises what torch raises for a file it cannot load. Not in the paper:
+    the dilation, 2 in stage 3 and 4 in stage 4 (half that in each stage's first block).
     """
     # Not in the paper: training without ImageNet weights; then residual branches start at zero.
     network = resnet50(replace_stride_with_dilation=[False, True, True], zero_init_residual=weights is None)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors of SONA-Net in plain PyTorch
-"""The paper's equations and this repository's promises, as tests: `pytest test_model.py`.
+"""The paper's equations and this repository's guarantees, as tests: `pytest test_model.py`.
 
 Part one is the paper, in the order of the files: the network, the losses, the data, the schedule, the ranking.
 Part two is a run: in one process or several, killed and resumed, evaluated, drawn, told what is wrong.
@@ -293,7 +293,7 @@ def test_triplet_loss_without_distances_positives_or_negatives():
         loss.backward()
         assert loss.item() == pytest.approx(expected)
         assert embeddings.grad.isfinite().all()
-    with pytest.raises(ValueError, match=r"\[4, 5\].* and .*\[2\].* are not shapes"):
+    with pytest.raises(ValueError, match=r"expected \(B, D\) and \(B,\), not .*\[4, 5\].* and .*\[2\]"):
         batch_hard_triplet_loss(torch.ones(4, 5), alone)
 
 def test_triplet_loss_does_not_cancel_far_from_the_origin_and_is_float32_inside_autocast():
@@ -421,7 +421,7 @@ def test_identity_0_is_a_person_but_in_a_gallery_that_is_not_searched_for_it(tmp
         lines = data.describe("market1501", splits).splitlines()
         assert [line.split()[2] for line in lines[1:4]] == [*counts]
     assert splits["train"].labels.tolist() == [0, 1]
-    assert lines[1].split() == "train 2 2 1 published: 12,936 of 751".split()
+    assert lines[1].split() == "train 2 2 1 published: 12,936 and 751".split()
     assert lines[4] == f"from {tmp_path / 'market1501'}"
 
 def test_images_of_any_mode_load_as_rgb(tmp_path):
@@ -504,9 +504,9 @@ def test_sampler_is_a_function_of_seed_and_epoch_and_processes_share_its_batches
     assert whole not in (batches(1, 3), batches(2, 2))
     shares = zip(*(batches(1, 2, rank=rank, world_size=2) for rank in (0, 1)), strict=True)
     assert [first + second for first, second in shares] == whole
-    with pytest.raises(DataError, match="4 identities a batch do not divide by 3 processes"):
+    with pytest.raises(DataError, match="4 identities are not divisible by 3 processes"):
         batches(1, 2, world_size=3)
-    with pytest.raises(DataError, match="10 identities, but 11 are to be in a batch"):
+    with pytest.raises(DataError, match="10 identities, but a batch needs 11"):
         IdentitySampler(LABELS, ids_per_batch=11)
 
 @pytest.fixture(scope="module")
@@ -935,7 +935,7 @@ def test_a_folder_that_holds_a_run_or_not_the_same_for_all_is_refused(market, ru
     with pytest.raises(SystemExit) as exit:
         launch(train, *market, "--output", output)
     assert exit.value.code == 2
-    assert f"error: {output} holds a run; --resume goes on with it" in capsys.readouterr().err
+    assert f"error: {output} holds a run; --resume resumes it" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
     monkeypatch.setattr(train, "gather", lambda x: torch.cat([x, x + 1]))  # another process sees one epoch more
     with pytest.raises(AssertionError, match="is not the same folder for all processes"):
@@ -997,10 +997,10 @@ IMAGE = "bounding_box_train/0001_c1s1_000000_00.jpg"
 ERRORS = {  # what is done to the folder of market1501, flags, the line
     "missing": (shutil.rmtree, [], "market1501: found no folder named like 'market 1501' with bounding_box_train, "),
     "empty": (lambda m: remove(m, "query/*"), [], r"/query holds no images \(.jpg, .*\)$"),
-    "nested": (lambda m: move(m / "query"), [], "/query holds no images .*; move them up from its folders"),
+    "nested": (lambda m: move(m / "query"), [], "/query holds no images .*; move them up out of subfolders"),
     "name": (lambda m: touch(m / "query", "me.jpg"), [], "/query/me.jpg: the name must be <identity>_c<camera>_"),
-    "no match": (lambda m: remove(m, "[bq][ou]*/005*_c2*"), [], "market1501: no query has a match under another cam"),
-    "few": (lambda m: None, ["--ids-per-batch", 8], "4 identities, but 8 are to be in a batch"),
+    "no match": (lambda m: remove(m, "[bq][ou]*/005*_c2*"), [], "market1501: no query has a match from another cam"),
+    "few": (lambda m: None, ["--ids-per-batch", 8], "4 identities, but a batch needs 8"),
     "unreadable": (lambda m: (m / IMAGE).write_text(""), [], f"cannot read the image .*{IMAGE}: .*; replace or remove"),
     "in a worker": (lambda m: (m / IMAGE).write_text(""), ["--workers", 1], f"cannot read the image .*{IMAGE}: .*; re"),
 }

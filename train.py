@@ -7,7 +7,7 @@ Usage:
     torchrun --nproc_per_node=4 train.py --dataset cuhk03              # the paper's run (Sec. 3.2)
     python train.py --dataset cuhk03 --recompute                       # the same run on one GPU
     python train.py --dataset market1501 --sona 2+3 --output runs/m23  # a variant
-    python train.py --dataset cuhk03 --resume                          # go on where it stopped
+    python train.py --dataset cuhk03 --resume                          # resume where it stopped
 """
 
 import argparse
@@ -49,30 +49,30 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     )
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, help="what to train on [the toy, drawn on first use]")
-    add("--data-dir", default="datasets", help="where the data sets lie [%(default)s]")
+    add("--data-dir", default="datasets", help="folder of the data sets [%(default)s]")
     add("--height", type=int, default=384, help="pixels; fewer are faster [%(default)s]")
     add("--width", type=int, default=128, help="pixels [%(default)s]")
     add("--workers", type=int, default=2, help="processes that read images, per GPU [%(default)s]")
     add = parser.add_argument_group("network").add_argument
     add("--sona", choices=PLACEMENTS, default="2", help="the stages that SONA follows [%(default)s]")
     add("--drop", choices=DROPS, default="dropblock+", help="the drop layer [%(default)s]")
-    add("--weights", default="imagenet", metavar="{imagenet,none,PATH}", help="to begin with [%(default)s]")
+    add("--weights", default="imagenet", metavar="{imagenet,none,PATH}", help="initial weights [%(default)s]")
     add = parser.add_argument_group("training").add_argument
-    add("--ids-per-batch", type=int, default=32, help="over all processes [%(default)s]")
+    add("--ids-per-batch", type=int, default=32, help="across all processes [%(default)s]")
     add("--images-per-id", type=int, default=4, help="images of each identity [%(default)s]")
-    add("--epochs", type=int, default=400, help="the schedule stretches to it [%(default)s]")
-    add("--lr", type=float, default=1e-3, help="peak; lower for smaller batches [%(default)s]")
-    add("--margin", type=float, help="hard triplet margin, as 0.3 [the soft margin]")
+    add("--epochs", type=int, default=400, help="the schedule scales with it [%(default)s]")
+    add("--lr", type=float, default=1e-3, help="peak; reduce it for small batches [%(default)s]")
+    add("--margin", type=float, help="hard triplet margin, e.g. 0.3 [soft margin]")
     add("--seed", type=int, default=0, help="the paper averages over four runs [%(default)s]")
     add = parser.add_argument_group("device").add_argument
-    add("--images-per-pass", type=int, default=32, help="that batch norm sees at a time [%(default)s]")
-    add("--recompute", action=BooleanOptionalAction, help="a third of the memory, a quarter more work")
-    add("--precision", choices=PRECISIONS, help="[float32 on a CPU, the fastest of a GPU]")
-    add("--compile", action=BooleanOptionalAction, help="faster steps after a minute; other drop masks")
+    add("--images-per-pass", type=int, default=32, help="images batch norm sees at a time [%(default)s]")
+    add("--recompute", action=BooleanOptionalAction, help="of four passes: a third of the memory, a quarter more work")
+    add("--precision", choices=PRECISIONS, help="[float32 on a CPU, a GPU's fastest]")
+    add("--compile", action=BooleanOptionalAction, help="faster after the first minute; other drop masks")
     add = parser.add_argument_group("run").add_argument
     add("--output", help="the run's folder [runs/DATASET]")
-    add("--resume", action="store_true", help="go on with the folder's run; begin if there is none")
-    add("--eval-every", type=int, default=50, help="epochs; 0: at the end alone [%(default)s]")
+    add("--resume", action="store_true", help="resume the folder's run, or start one if none")
+    add("--eval-every", type=int, default=50, help="in epochs; 0: only at the end [%(default)s]")
 
     typed = parser.parse_known_args()[0]
     dataset = typed.dataset or "toy"
@@ -81,14 +81,14 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     if not Path(output, "last.pt").exists():
         return parser.parse_args(), None
     if not typed.resume:
-        parser.error(f"{output} holds a run; --resume goes on with it, --output names another folder")
+        parser.error(f"{output} holds a run; --resume resumes it, --output names another folder")
     state = torch.load(Path(output, "last.pt"), map_location="cpu", weights_only=True)
     parser.set_defaults(**state["settings"] | {"output": output})
     return parser.parse_args(), state
 
 
 def start_process() -> tuple[torch.device, int, int]:
-    """This process's device, its rank and the number of processes, of which only the first prints."""
+    """This process's device and rank, and the number of processes. Only the first one prints."""
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     gpu = torch.cuda.is_available()
     device = torch.device(f"cuda:{local_rank}" if gpu else "cpu")
@@ -103,7 +103,7 @@ def start_process() -> tuple[torch.device, int, int]:
 
 
 def default_precision(device: torch.device) -> str:
-    """The fastest of a GPU, by its compute capability. Not in the paper, whose GPUs had float32."""
+    """A GPU's fastest, by its compute capability. Not in the paper, whose GPUs had float32."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "float32"
 
@@ -111,8 +111,8 @@ def default_precision(device: torch.device) -> str:
 def learning_rate(epoch: int, epochs: int = 400, peak: float = 1e-3) -> float:
     """The warm-up and decay of Sec. 3.2 for an epoch, counted from 0.
 
-    Of 400 epochs: a tenth of the peak, and a tenth more every 5 epochs of the first 50; the peak until
-    200, a tenth of it until 300 and a hundredth to the end. Other numbers of epochs run the same course.
+    For 400 epochs: a tenth of the peak, and a tenth more every 5 epochs until 50; the peak until 200,
+    a tenth of it until 300 and a hundredth until the end. Other numbers of epochs scale this schedule.
     """
     of_400 = epoch * 400 // epochs
     if of_400 < 50:
@@ -131,16 +131,16 @@ def adam(network: nn.Module, lr: float) -> torch.optim.Adam:
 
 
 class Passes(nn.Module):
-    """The network on a process's images of a batch, in passes of a few as on each of the paper's GPUs.
+    """The network on a process's share of a batch, in small passes, as on each of the paper's GPUs.
 
-    Not in the paper: batch norm takes each pass alone, and the first of the whole batch updates its
-    running statistics, as DataParallel keeps the first GPU's. A pass's flips, cutouts and
-    drop masks are a function of seed, epoch, step and its number in the whole batch, so that a step is
-    the same on any number of processes. With recompute one pass's activations are in memory at a time;
-    the others' are computed again in backward.
+    Not in the paper: batch norm treats each pass separately, and only the whole batch's first pass updates
+    the running statistics, just as DataParallel keeps the first GPU's. A pass's flips, cutouts and
+    drop masks depend only on seed, epoch, step and its number in the whole batch, so that a step is
+    the same on any number of processes. With recompute, only one pass's activations are in memory;
+    the others' are recomputed in backward.
 
     forward: (B, 3, H, W) uint8 images and (seed, epoch, step) -> the outputs of SONANet for all of them.
-    Raises ValueError where images_per_pass does not divide B.
+    Raises ValueError if images_per_pass does not divide B.
     """
 
     def __init__(self, network, images_per_pass: int, rank=0, precision="float32", recompute=False):
@@ -151,7 +151,7 @@ class Passes(nn.Module):
 
     def forward(self, images: Tensor, moment: tuple[int, int, int]) -> dict[str, tuple[Tensor, Tensor]]:
         if len(images) % min(self.images_per_pass, len(images)):
-            raise ValueError(f"--images-per-pass {self.images_per_pass} must divide a process's {len(images)}")
+            raise ValueError(f"--images-per-pass {self.images_per_pass} must divide a process's {len(images)} images")
         passes = images.split(self.images_per_pass)
         outputs = [{}] * len(passes)
         recomputed = partial(checkpoint, self.run_pass, use_reentrant=False, preserve_rng_state=False)
@@ -275,7 +275,7 @@ def row(record: dict[str, float], seconds_left: float) -> str:
 
 
 def save(state: dict, path: Path) -> None:
-    """Write a checkpoint; at any moment path holds a whole one, the former or this one."""
+    """Write a checkpoint; path always holds a complete one, the old or the new."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
     torch.save(state, scratch)
     scratch.replace(path)

@@ -71,6 +71,6 @@ def gather(x: Tensor) -> Tensor:
     dist.all_gather(slots, x.detach().contiguous())
     if x.requires_grad:
         x = x.view_as(x)
-        x.register_hook(lambda gradient: gradient * len(slots))
+        x.register_hook(lambda gradient: gradient * dist.get_world_size())
     slots[dist.get_rank()] = x
     return torch.cat(slots)

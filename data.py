@@ -209,8 +209,8 @@ class IdentitySampler:
     """A batch_sampler of P identities x K images (Sec. 3.2).
 
     labels (N,) identities of the images; yields lists of indices, an identity's images side by side.
-    Not in the paper: an epoch is identities // P steps, each identity at most once; images are
-    repeated if it has fewer than K. Batches depend only on seed and epoch: call set_epoch before
+    Not in the paper: an epoch is identities // P steps, each identity at most once; its images
+    are drawn with replacement if it has fewer than K. Batches depend only on seed and epoch: call set_epoch before
     each epoch. Process `rank` of `world_size` takes its P / world_size of the identities.
 
     Raises DataError if there are fewer identities than P, or world_size does not divide P.
@@ -254,7 +254,7 @@ COLOURS = "#b3282d #d98032 #d9c24a #3f7d4a #3b8f9c #2f4f96 #6d4a8c #c98aa2 #e6e3
 
 
 def draw_toy(folder: Path) -> None:
-    """64 people to train on, 3 images from each of 4 cameras; 50 others, 1 query and 1 image each."""
+    """64 people to train on, 3 images from each of 4 cameras; 50 others, 1 query and 1 image from each."""
     people = {"train": range(1, 65), "query": range(65, 115), "gallery": range(65, 115)}
     numbers = {"train": (0, 1, 2), "query": (0,), "gallery": (1,)}
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -154,11 +154,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate trained runs: mAP and CMC of single queries.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run's folder; several give mean and deviation, too")
-    add("--dataset", choices=DATASETS, help="evaluate on a set other than the run's")
+    add("--dataset", choices=DATASETS, help="evaluate on a set other than the last RUN's")
     add("--data-dir", help="folder of the data sets [as in the run's training]")
     add("--workers", type=int, default=2, help="processes that read images [%(default)s]")
     add("--ranking", metavar="PNG", help="draw queries and their nearest images for the last RUN")
-    add("--attention", metavar="PNG", help="only draw the first RUN's attention, as in Fig. 3")
+    add("--attention", metavar="PNG", help="only draw the last RUN's attention, as in Fig. 3")
     add("--curves", metavar="PNG", help="only plot losses and mAP of the runs")
     add("--query", nargs="+", metavar="IMAGE", help="search for your photos, crops of one person each")
     add("--gallery", metavar="FOLDER", help="where to search, including subfolders")
@@ -174,10 +174,10 @@ def main() -> None:
         return draw_curves(args.runs).save(args.curves)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs = {run: load_run(run, device) for run in args.runs}
-    network, settings = runs[args.runs[0]]
+    network, settings = runs[args.runs[-1]]
     size, ranking = (settings["height"], settings["width"]), None
     if args.query:
-        files = Path(args.gallery).rglob("*") if args.gallery else args.query
+        files = Path(args.gallery).rglob("[!.]*") if args.gallery else args.query
         query, gallery = photos(args.query, 0), photos(files, 1)
     else:
         name = args.dataset or settings["dataset"]
@@ -200,7 +200,7 @@ def main() -> None:
             features, ranking = evaluate(network, query, gallery, *size, args.workers)
             figures.append(list(ranking.figures().values()))
             print(f"{run:<22}  {summary(ranking.figures())}")
-        if len(runs) > 1:  # not in the paper: the population's deviation, as its own seem to be
+        if len(runs) > 1:  # not in the paper: the population's deviation, as the paper's seem to be
             for title, of in (("mean", np.mean), ("standard deviation", np.std)):
                 print(f"{title:<22}  {summary(dict(zip(ranking.figures(), of(figures, 0), strict=True)))}")
     if args.ranking:
@@ -270,7 +270,8 @@ def draw_ranking(
 @torch.no_grad()
 def sona_input(network: nn.Module, images: Tensor) -> tuple[SONA, Tensor]:
     """The network's first SONA module, and its input (B, C, h, w) for normalised images (B, 3, H, W)."""
-    sona = next(module for module in network.modules() if isinstance(module, SONA))
+    sona = next((module for module in network.modules() if isinstance(module, SONA)), None)
+    assert sona, "the network has no SONA module to draw"
     inputs = []
     hook = sona.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     network(images)

@@ -134,13 +134,13 @@ class Passes(nn.Module):
     """The network on a process's share of a batch, in small passes, as on each of the paper's GPUs.
 
     Not in the paper: batch norm treats each pass separately, and only the whole batch's first pass updates
-    the running statistics, just as DataParallel keeps the first GPU's. A pass's flips, cutouts and
+    the running statistics, as DataParallel keeps the first GPU's. A pass's flips, cutouts and
     drop masks depend only on seed, epoch, step and its number in the whole batch, so that a step is
     the same on any number of processes. With recompute, only one pass's activations are in memory;
     the others' are recomputed in backward.
 
     forward: (B, 3, H, W) uint8 images and (seed, epoch, step) -> the outputs of SONANet for all of them.
-    Raises ValueError if images_per_pass does not divide B.
+    Raises ValueError if B is larger than images_per_pass and not a multiple of it.
     """
 
     def __init__(self, network, images_per_pass: int, rank=0, precision="float32", recompute=False):
@@ -259,8 +259,8 @@ def main() -> None:
                 saved = time.perf_counter()
     print(f"\nthe run is in {output}")
     if dist.is_initialized():
-        dist.barrier()  # gloo's threads may need the GIL to let go of the last tensors, and the group's
-        del model  # end would hold it; so would DDP's, as the group's last owner
+        dist.barrier()  # gloo's threads need the GIL to free the last tensors; destroying the group holds it
+        del model  # DDP owns the group, too, and would be the last to destroy it
         dist.destroy_process_group()
 
 

@@ -53,8 +53,8 @@ def evaluate_ranking(
 
     features (N, D), ids and cams (N,). For each query, gallery images of its own identity from its
     own camera do not count, nor does junk (identity -1, Sec. 3.1). Not in the paper: distances are
-    Euclidean, on raw features, in their precision, at least float32; ties rank in
-    gallery order; AP is the mean of the precisions at each true match; queries without a true match
+    Euclidean, on raw features, in their precision, at least float32; equal ones, as computed,
+    in gallery order; AP is the mean of the precisions at each true match; queries without a true match
     under another camera are left out of the mean.
 
     Raises ValueError if lengths do not match, features are not finite, or no query has a true match.
@@ -249,7 +249,7 @@ def nearest(i: int, query: Split, gallery: Split, features: list[np.ndarray]) ->
 def draw_ranking(
     query: Split, gallery: Split, features: list[np.ndarray], ranking: Ranking | None
 ) -> Image.Image:
-    """A row per query (blue) with its ten nearest gallery images; no ranking if they are unlabelled."""
+    """A row per query (blue), ten if ranked, with its ten nearest images; no ranking if unlabelled."""
     chosen, title = range(len(query.paths)), "Queries (blue), their nearest images and distances"
     if ranking:
         title += ", from the lowest AP up; green: the same person, red: another"

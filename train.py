@@ -259,7 +259,7 @@ def main() -> None:
                 saved = time.perf_counter()
     print(f"\nthe run is in {output}")
     if dist.is_initialized():
-        dist.barrier()  # gloo's threads need the GIL to free the last tensors; destroying the group holds it
+        dist.barrier()  # gloo's threads may need the GIL to free tensors; destroying the group holds it
         del model  # DDP owns the group, too, and would be the last to destroy it
         dist.destroy_process_group()
 

@@ -210,8 +210,8 @@ class IdentitySampler:
 
     labels (N,) identities of the images; yields lists of indices, an identity's images side by side.
     Not in the paper: an epoch is identities // P steps, each identity at most once; its images
-    are drawn with replacement if it has fewer than K. Batches depend only on seed and epoch: call set_epoch before
-    each epoch. Process `rank` of `world_size` takes its P / world_size of the identities.
+    are drawn with replacement if it has fewer than K. Batches depend only on seed and epoch: call
+    set_epoch before each epoch. Process `rank` of `world_size` takes P / world_size identities.
 
     Raises DataError if there are fewer identities than P, or world_size does not divide P.
     """

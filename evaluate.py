@@ -55,7 +55,7 @@ def evaluate_ranking(
     own camera do not count, nor does junk (identity -1, Sec. 3.1). Not in the paper: distances are
     Euclidean, on raw features, in their precision, at least float32; equal ones, as computed,
     in gallery order; AP is the mean of the precisions at each true match; queries without a true match
-    under another camera are left out of the mean.
+    from another camera are left out of the mean.
 
     Raises ValueError if lengths do not match, features are not finite, or no query has a true match.
     """

@@ -133,8 +133,8 @@ def adam(network: nn.Module, lr: float) -> torch.optim.Adam:
 class Passes(nn.Module):
     """The network on a process's share of a batch, in small passes, as on each of the paper's GPUs.
 
-    Not in the paper: batch norm treats each pass separately, and only the whole batch's first pass updates
-    the running statistics, as DataParallel keeps the first GPU's. A pass's flips, cutouts and
+    Not in the paper: batch norm treats each pass separately, and only the whole batch's first
+    pass updates the running statistics, as DataParallel keeps the first GPU's. A pass's flips, cutouts and
     drop masks depend only on seed, epoch, step and its number in the whole batch, so that a step is
     the same on any number of processes. With recompute, only one pass's activations are in memory;
     the others' are recomputed in backward.

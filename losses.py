@@ -13,14 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def batch_hard_triplet_loss(embeddings: Tensor, labels: Tensor, margin: float | None = None) -> Tensor:
-    """Triplet loss on each anchor's farthest positive and nearest negative (Hermans et al. 2017, Eq. 5).
+def batch_hard_triplet_loss(
+    embeddings: Tensor, labels: Tensor, margin: float | None = None
+) -> Tensor:
+    """Triplet loss on each anchor's farthest positive and nearest negative (Sec. 2.1).
 
-    embeddings (B, D) floats, labels (B,) integers; returns a scalar in float32 or wider, even
-    under autocast. margin None is the soft margin, the mean of softplus(d_ap - d_an); a number is
-    a hard one, the mean of relu(margin + d_ap - d_an). Not in the paper: the soft margin, on raw
-    embeddings under Euclidean distance. An anchor without another image of its identity is its own
-    positive, at distance 0; in a batch of one identity the loss is 0, because there is no triplet.
+    embeddings (B, D) floats, labels (B,) integers; returns a scalar in float32 or wider, even under
+    autocast (Hermans et al. 2017, Eq. 5). margin None is the soft margin, the mean of
+    softplus(d_ap - d_an); a number is a hard one, the mean of relu(margin + d_ap - d_an). Not in
+    the paper: the soft margin, on raw embeddings under Euclidean distance. An anchor without
+    another image of its identity is its own positive, at distance 0. In a batch of one identity the
+    loss is 0, because there is no triplet.
 
     Raises ValueError if the shapes do not match.
     """
@@ -28,19 +31,23 @@ def batch_hard_triplet_loss(embeddings: Tensor, labels: Tensor, margin: float | 
         raise ValueError(f"expected (B, D) and (B,), not {embeddings.shape} and {labels.shape}")
     with torch.autocast(embeddings.device.type, enabled=False):
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-        # From differences, as |a|^2 - 2ab + |b|^2 cancels far from the origin.
+        # From differences: |a|^2 - 2ab + |b|^2 loses precision far from the origin.
         distances = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
         same_identity = labels[:, None] == labels  # (B, B)
         hardest_positive = distances.masked_fill(~same_identity, -torch.inf).amax(1)
         hardest_negative = distances.masked_fill(same_identity, torch.inf).amin(1)
         gap = hardest_positive - hardest_negative
-        return (F.softplus(gap) if margin is None else F.relu(gap + margin)).mean()
+        loss = F.softplus(gap) if margin is None else F.relu(gap + margin)  # (B,)
+        return loss.mean()
 
 
 def branch_losses(
-    outputs: dict[str, tuple[Tensor, Tensor]], labels: Tensor, margin: float | None = None, smoothing: float = 0.1
+    outputs: dict[str, tuple[Tensor, Tensor]],
+    labels: Tensor,
+    margin: float | None = None,
+    smoothing: float = 0.1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of both losses of both branches, for backward, and its parts, for logging.
+    """The sum of both losses over both branches (for backward), and its parts (for logging).
 
     outputs are the network's {branch: (embedding (B, D), logits (B, classes))}, labels (B,). The
     parts are detached scalars: the loss, and each branch's triplet loss, cross-entropy and accuracy
@@ -49,10 +56,13 @@ def branch_losses(
     over the whole batch, as with DataParallel.
     """
     all_labels = gather(labels)
-    losses, accuracies = {}, {}
+    losses = {}
+    accuracies = {}
     for branch, (embedding, logits) in outputs.items():
         losses[f"{branch}_triplet"] = batch_hard_triplet_loss(gather(embedding), all_labels, margin)
-        losses[f"{branch}_cross_entropy"] = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        losses[f"{branch}_cross_entropy"] = F.cross_entropy(
+            logits.float(), labels, label_smoothing=smoothing
+        )
         accuracies[f"{branch}_accuracy"] = (logits.argmax(1) == labels).float().mean()
     loss = sum(losses.values())
     parts = {"loss": loss, **losses, **accuracies}
@@ -67,10 +77,9 @@ def gather(x: Tensor) -> Tensor:
     """
     if not dist.is_initialized():
         return x
-    slots = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    processes = dist.get_world_size()
+    slots = [torch.empty_like(x) for _ in range(processes)]
     dist.all_gather(slots, x.detach().contiguous())
-    if x.requires_grad:
-        x = x.view_as(x)
-        x.register_hook(lambda gradient: gradient * dist.get_world_size())
-    slots[dist.get_rank()] = x
+    # The value is x's own, the gradient `processes` times x's.
+    slots[dist.get_rank()] = x.detach() + processes * (x - x.detach())
     return torch.cat(slots)

@@ -11,9 +11,9 @@ Fig. 2:
                         max pool, reduce                (B, 1024)
 
 Usage:
-    model = SONANet(num_classes=767, sona="2", weights="imagenet")
-    global_embedding, global_logits = model.train()(images)["global"]     # and "local"
-    embedding = model.eval()(images)                                      # (B, 1536)
+    model = SONANet(num_classes=767, weights="imagenet")    # train.py's default; SONANet's is None
+    global_embedding, global_logits = model.train()(images)["global"]       # and "local"
+    embedding = model.eval()(images)                                        # (B, 1536)
 """
 
 from functools import partial
@@ -44,64 +44,76 @@ class SONA(nn.Module):
         reduced = channels // reduction  # d
         self.scale = reduced**-1.5  # 1 / d of Eq. 1 times 1 / sqrt(d) of Eq. 2
         # Not in the paper: LeakyReLU's slope, 0.01; g and p bare, without batch norm or activation.
-        self.theta = nn.Sequential(nn.Conv2d(channels, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.LeakyReLU())
+        self.theta = nn.Sequential(
+            nn.Conv2d(channels, reduced, 1, bias=False),
+            nn.BatchNorm2d(reduced),
+            nn.LeakyReLU(0.01),
+        )
         self.g = nn.Conv2d(channels, reduced, 1)
         self.p = nn.Conv2d(reduced, channels, 1)
         # Not in the paper: p starts at zero, so that SONA starts as the identity.
         nn.init.zeros_(self.p.weight)
         nn.init.zeros_(self.p.bias)
 
+    @staticmethod
+    def tokens(x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, HW, C), channels contiguous as the fused attention kernels require.
+
+        Makes no copy if the map is already channels-last.
+        """
+        return x.flatten(2).transpose(1, 2).contiguous()
+
     def centred_theta(self, x: Tensor) -> Tensor:
         """theta_c: (B, C, H, W) -> (B, HW, d)."""
-        theta = tokens(self.theta(x))
+        theta = self.tokens(self.theta(x))
         return theta - theta.mean(2, keepdim=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        theta_c, g = self.centred_theta(x)[:, None], tokens(self.g(x))[:, None]  # (B, 1 head, HW, d)
+        theta_c = self.centred_theta(x)[:, None]  # (B, 1 head, HW, d)
+        g = self.tokens(self.g(x))[:, None]
         z = F.scaled_dot_product_attention(theta_c, theta_c, g, scale=self.scale)
         z = z[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (B, d, H, W)
         return x + self.p(z)
 
     def attention(self, x: Tensor) -> Tensor:
-        """The softmax of Eq. 2, (B, HW, HW), whose rows sum to 1, for viewing in eval mode (Fig. 3)."""
+        """The softmax of Eq. 2, (B, HW, HW), rows summing to 1, to view in eval mode (Fig. 3)."""
         theta_c = self.centred_theta(x)
         return (theta_c @ theta_c.transpose(1, 2) * self.scale).softmax(2)
-
-
-def tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, HW, C), channels contiguous as the fused attention kernels require.
-
-    Makes no copy if the map is already channels-last.
-    """
-    return x.flatten(2).transpose(1, 2).contiguous()
 
 
 class DropBlockPlus(nn.Module):
     """DropBlock with separate block height and width: (B, C, H, W) -> same (Sec. 2.1, 3.2).
 
-    Not in the paper: gamma, here drop_rate, is the share of positions to drop if no blocks
-    overlap; blocks lie inside the map; one mask per image, shared by its channels; the rest rescaled
-    by one factor for all images of a forward pass, so that the mean of their masks is 1. A block
-    larger than the map is clipped to it. Identity in eval mode.
+    Not in the paper: drop_rate, its gamma, is the share of positions to drop if no blocks overlap.
+    Blocks lie inside the map; one larger than the map is clipped to it. An image's channels share
+    one mask. What remains is divided by the mean of all masks in the pass. Identity in eval mode.
     """
 
     def __init__(self, drop_rate: float = 0.1, block_height: int = 5, block_width: int = 8) -> None:
         super().__init__()
-        self.drop_rate, self.block_height, self.block_width = drop_rate, block_height, block_width
+        self.drop_rate = drop_rate
+        self.block_height = block_height
+        self.block_width = block_width
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
         height, width = x.shape[2:]
-        block_height, block_width = min(self.block_height, height), min(self.block_width, width)
-        # Seeds are the corners of blocks that lie wholly inside the map, in rows x columns places.
-        # Each drops a block, and drop_rate of the map is to go (Ghiasi et al. 2018, Eq. 1).
-        rows, columns = height - block_height + 1, width - block_width + 1
-        seed_rate = self.drop_rate / (block_height * block_width) * (height * width) / (rows * columns)
+        block_height = min(self.block_height, height)
+        block_width = min(self.block_width, width)
+        # A seed is the top left corner of a block that lies wholly inside the map: rows x columns
+        # positions. At seed_rate, blocks would cover drop_rate of the map if none overlapped
+        # (Ghiasi et al. 2018, Eq. 1).
+        rows = height - block_height + 1
+        columns = width - block_width + 1
+        seed_rate = (
+            self.drop_rate / (block_height * block_width) * (height * width) / (rows * columns)
+        )
         seeds = (torch.rand(len(x), 1, rows, columns, device=x.device) < seed_rate).float()
         # Padded on all sides, so that a position's window holds every corner whose block covers it.
         margins = (block_width - 1, block_width - 1, block_height - 1, block_height - 1)
-        mask = 1 - F.max_pool2d(F.pad(seeds, margins), (block_height, block_width), stride=1)  # (B, 1, H, W)
+        dropped = F.max_pool2d(F.pad(seeds, margins), (block_height, block_width), stride=1)
+        mask = 1 - dropped  # (B, 1, H, W)
         mask = mask / mask.mean().clamp(min=1 / mask.numel())  # if all is dropped, 0 stays 0
         return x * mask.to(x.dtype)
 
@@ -115,53 +127,66 @@ class BatchDropBlock(nn.Module):
 
     def __init__(self, height_ratio: float, width_ratio: float) -> None:
         super().__init__()
-        self.height_ratio, self.width_ratio = height_ratio, width_ratio
+        self.height_ratio = height_ratio
+        self.width_ratio = width_ratio
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
         height, width = x.shape[2:]
-        rows, columns = round(self.height_ratio * height), round(self.width_ratio * width)
+        rows = round(self.height_ratio * height)
+        columns = round(self.width_ratio * width)
         top = torch.randint(height - rows + 1, (1,), device=x.device)
         left = torch.randint(width - columns + 1, (1,), device=x.device)
-        row, column = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
+        row = torch.arange(height, device=x.device)[:, None]
+        column = torch.arange(width, device=x.device)
         inside = (top <= row) & (row < top + rows) & (left <= column) & (column < left + columns)
         return x.masked_fill(inside, 0)  # inside: (H, W)
 
 
-PLACEMENTS = {  # what stands after stage 2, stage 3, stage 4 on a branch (Sec. 3.3, 3.4)
+# Which module follows stage 2, stage 3, or stage 4 on a branch (Sec. 3.3, 3.4).
+PLACEMENTS = {
     "none": {},
     "2": {"stage2": SONA},
     "3": {"stage3": SONA},
     "2+3": {"stage2": SONA, "stage3": SONA},
     "4-global": {"global": SONA},
     "4-local": {"local": SONA},
-    "4-both": {"global": SONA, "local": SONA},  # not in the paper: a module for each branch
+    "4-both": {"global": SONA, "local": SONA},  # not in the paper: a separate module on each branch
 }
 
-DROPS = {  # the local branch's drop layer: BL, BL+DB, BL+DB+ and BL+BFE (Table 5)
+# The local branch's drop layer: BL, BL+DB, BL+DB+ and BL+BFE (Table 5).
+# Not in the paper: blocks of 7 x 7 in BL+DB, and the ratios of BL+BFE.
+DROPS = {
     "none": nn.Identity,
-    "dropblock": partial(DropBlockPlus, block_height=7, block_width=7),  # not in the paper: 7 x 7
+    "dropblock": partial(DropBlockPlus, block_height=7, block_width=7),
     "dropblock+": DropBlockPlus,
-    "bfe": partial(BatchDropBlock, height_ratio=1 / 3, width_ratio=1),  # not in the paper: the ratios
+    "bfe": partial(BatchDropBlock, height_ratio=1 / 3, width_ratio=1),
 }
 
 
 class SONANet(nn.Module):
-    """The network of Fig. 2. It is faster if it and its input are in torch.channels_last format.
+    """The network of Fig. 2. Faster if its parameters are in torch.channels_last format.
 
-    sona     where SONA stands, a key of PLACEMENTS
+    sona     where SONA is inserted, a key of PLACEMENTS
     drop     the local branch's drop layer, a key of DROPS
-    weights  of the backbone: None, "imagenet", or the path of a ResNet-50 state dict
+    weights  of the backbone at the start: None, "imagenet", a ResNet-50's state dict or its path
 
     Input: (B, 3, height, width) floats, normalised by ImageNet's mean and standard deviation.
     In training mode returns {"global": (embedding (B, 512), logits (B, num_classes)),
     "local": (embedding (B, 1024), logits)}, in the parameters' precision, even under autocast; in
     eval mode the two embeddings concatenated, (B, 1536). The paper's test embedding is the mean
-    over an image and its mirror image (Sec. 3.2). Raises KeyError for an unknown sona or drop.
+    over an image and its mirror image (Sec. 3.2). Raises KeyError for an unknown sona or drop, and
+    what torch raises for weights that it cannot load.
     """
 
-    def __init__(self, num_classes: int, sona: str = "2", drop: str = "dropblock+", weights: str | None = None) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        sona: str = "2",
+        drop: str = "dropblock+",
+        weights: str | dict[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
 
         def sona_after(place: str, channels: int) -> nn.Module:
@@ -169,19 +194,21 @@ class SONANet(nn.Module):
 
         backbone = dilated_resnet50(weights)
         self.stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool)
-        self.stage1, self.stage2 = backbone.layer1, backbone.layer2
-        self.sona2 = sona_after("stage2", 512)
+        self.stage1 = backbone.layer1
+        self.stage2 = backbone.layer2
+        self.stage2_sona = sona_after("stage2", 512)
         self.stage3 = backbone.layer3
-        self.sona3 = sona_after("stage3", 1024)
+        self.stage3_sona = sona_after("stage3", 1024)
         self.stage4 = backbone.layer4
 
-        # Not in the paper: PyTorch's initialisation of new layers, but for the classifiers' weights
-        # a standard deviation of 0.001, so that the loss starts at ln(num_classes); on the local
-        # branch SONA stands before the bottleneck.
+        # Not in the paper: new layers keep PyTorch's initialisation, except the classifiers'
+        # weights, whose standard deviation of 0.001 makes the cross-entropy start at
+        # ln(num_classes). On the local branch, SONA comes before the bottleneck, which has no
+        # dilation.
         self.global_sona = sona_after("global", 2048)
         self.global_reduction = feature_reduction(2048, 512)
         self.local_sona = sona_after("local", 2048)
-        self.local_bottleneck = Bottleneck(2048, 512)  # not in the paper: undilated
+        self.local_bottleneck = Bottleneck(2048, 512)
         self.drop = DROPS[drop]()
         self.local_reduction = feature_reduction(2048, 1024)
         self.global_classifier = nn.Linear(512, num_classes)
@@ -192,20 +219,21 @@ class SONANet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor | dict[str, tuple[Tensor, Tensor]]:
         x = self.stage1(self.stem(images))  # (B, 256, H/4, W/4)
-        x = self.sona2(self.stage2(x))  # (B, 512, H/8, W/8)
-        x = self.sona3(self.stage3(x))  # (B, 1024, H/8, W/8)
+        x = self.stage2_sona(self.stage2(x))  # (B, 512, H/8, W/8)
+        x = self.stage3_sona(self.stage3(x))  # (B, 1024, H/8, W/8)
         x = self.stage4(x)  # (B, 2048, H/8, W/8)
 
         average = F.adaptive_avg_pool2d(self.global_sona(x), 1)  # (B, 2048, 1, 1)
         global_embedding = self.global_reduction(average)  # (B, 512)
 
         y = self.drop(self.local_bottleneck(self.local_sona(x)))  # (B, 2048, H/8, W/8)
-        maximum = F.max_pool2d(y, y.shape[2:])  # (B, 2048, 1, 1); adaptive_max_pool2d is slow on GPUs
+        maximum = y.amax((2, 3), keepdim=True)  # (B, 2048, 1, 1); equal maxima share the gradient
         local_embedding = self.local_reduction(maximum)  # (B, 1024)
 
         if not self.training:
             return torch.cat([global_embedding, local_embedding], 1)  # Sec. 2.1
-        with torch.autocast(images.device.type, enabled=False):  # not in the paper: classifiers and losses in float32
+        # Not in the paper: classifiers and losses are in float32.
+        with torch.autocast(images.device.type, enabled=False):
             global_embedding = global_embedding.to(self.global_classifier.weight.dtype)
             local_embedding = local_embedding.to(self.local_classifier.weight.dtype)
             return {
@@ -216,23 +244,33 @@ class SONANet(nn.Module):
 
 def feature_reduction(channels: int, reduced: int) -> nn.Sequential:
     """The feature reduction of both branches: (B, channels, 1, 1) -> (B, reduced) (Sec. 2.1)."""
-    return nn.Sequential(nn.Conv2d(channels, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU(), nn.Flatten())
+    return nn.Sequential(
+        nn.Conv2d(channels, reduced, 1, bias=False),
+        nn.BatchNorm2d(reduced),
+        nn.ReLU(),
+        nn.Flatten(),
+    )
 
 
-def dilated_resnet50(weights: str | None = None) -> ResNet:
+def dilated_resnet50(weights: str | dict[str, Tensor] | None = None) -> ResNet:
     """ResNet-50 whose stages 3 and 4 keep stage 2's stride-8 map by dilation (Sec. 2.1).
 
-    weights as in SONANet; raises what torch raises for a file it cannot load. Not in the paper:
-    the dilation, 2 in stage 3 and 4 in stage 4 (half that in each stage's first block).
+    weights as in SONANet. Not in the paper: the dilation, 2 in stage 3 and 4 in stage 4 (half that
+    in each stage's first block).
     """
     # Not in the paper: training without ImageNet weights; then residual branches start at zero.
-    network = resnet50(replace_stride_with_dilation=[False, True, True], zero_init_residual=weights is None)
+    network = resnet50(
+        replace_stride_with_dilation=[False, True, True], zero_init_residual=weights is None
+    )
+    network.fc = nn.Identity()
     if weights is None:
         return network
-    if weights == "imagenet":  # not in the paper: which weights; these existed then
+    if weights == "imagenet":  # not in the paper: which ImageNet weights; V1 are of its time
         state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
+    elif isinstance(weights, dict):
+        state = weights
     else:
         state = torch.load(weights, map_location="cpu", weights_only=True)
-    network.fc = nn.Identity()
-    network.load_state_dict({name: value for name, value in state.items() if not name.startswith("fc.")})
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    network.load_state_dict(state)
     return network

@@ -20,7 +20,9 @@ for run in sys.argv[1:]:
     if not any(isinstance(module, SONA) for module in network.modules()):
         continue
     paths = splits["query"].paths[:200]
-    images = torch.stack([image for image, _ in ImageDataset(paths, settings["height"], settings["width"])])
+    images = torch.stack(
+        [image for image, _ in ImageDataset(paths, settings["height"], settings["width"])]
+    )
     sona, x = sona_input(network, normalize(images))
     with torch.inference_mode():
         weights = sona.attention(x) * x[0, 0].numel()  # (B, HW, HW), 1 where uniform

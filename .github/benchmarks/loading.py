@@ -32,9 +32,13 @@ class Peer(ImageDataset):
 if __name__ == "__main__":
     paths = sorted(map(str, Path(sys.argv[1]).glob("*.jpg")))[:512]
     for dataset, workers in ((Peer, 1), (ImageDataset, 1), (Peer, 2), (ImageDataset, 2)) * 3:
-        loader = DataLoader(dataset(paths, 384, 128), 64, num_workers=workers, persistent_workers=True)
+        loader = DataLoader(
+            dataset(paths, 384, 128), 64, num_workers=workers, persistent_workers=True
+        )
         list(loader)  # starts the workers
         start = time.perf_counter()
         for _ in loader:
             pass
-        print(dataset.__name__, workers, f"{len(paths) / (time.perf_counter() - start):.0f} images/s")
+        print(
+            dataset.__name__, workers, f"{len(paths) / (time.perf_counter() - start):.0f} images/s"
+        )

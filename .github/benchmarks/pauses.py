@@ -24,14 +24,20 @@ class Stub(SONANet):
             return torch.zeros(len(images), 1536)
         times.append(time.perf_counter())
         time.sleep(0.15)
-        zero = sum(parameter.sum() for parameter in self.parameters()) * 0  # all have gradients, and Adam its state
+        zero = (
+            sum(parameter.sum() for parameter in self.parameters()) * 0
+        )  # all have gradients, and Adam its state
         embedding = zero + torch.rand(len(images), 512)
-        return {branch: (embedding, self.global_classifier(embedding)) for branch in ("global", "local")}
+        return {
+            branch: (embedding, self.global_classifier(embedding)) for branch in ("global", "local")
+        }
 
 
 def load_dataset(*_):
     splits = data.load_dataset("toy", "datasets")
-    people = np.arange(23 * 8).repeat(4)  # the toy's images under other labels, as it has too few people
+    people = np.arange(23 * 8).repeat(
+        4
+    )  # the toy's images under other labels, as it has too few people
     return splits | {"train": data.Split(splits["train"].paths[: len(people)], people, people * 0)}
 
 

@@ -29,4 +29,6 @@ for _ in range(3):
         slab @ gallery.T
     product = time.perf_counter() - start
     features = (query.nbytes + gallery.nbytes) / 2**20
-    print(f"{whole:.2f} s, {whole / product:.2f} x the product; {memory:.0f} MB, the features have {features:.0f}")
+    print(
+        f"{whole:.2f} s, {whole / product:.2f} x the product; {memory:.0f} MB, the features have {features:.0f}"
+    )

@@ -26,8 +26,15 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     row, seed, *more = sys.argv[1:]
     if row == "decay":
-        train.adam = lambda network, lr: torch.optim.Adam(network.parameters(), lr, weight_decay=5e-4, fused=True)
+        train.adam = lambda network, lr: torch.optim.Adam(
+            network.parameters(), lr, weight_decay=5e-4, fused=True
+        )
     sona = {"bl": "none --drop none"}.get(row, row if row in PLACEMENTS else "2")
     flags = f"--sona {sona} --seed {seed} --output runs/{row}-{seed} --resume"
-    sys.argv = ["train.py", *"--ids-per-batch 4 --epochs 60 --eval-every 0".split(), *flags.split(), *more]
+    sys.argv = [
+        "train.py",
+        *"--ids-per-batch 4 --epochs 60 --eval-every 0".split(),
+        *flags.split(),
+        *more,
+    ]
     train.main()

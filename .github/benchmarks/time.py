@@ -12,7 +12,10 @@ from model import SONANet
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.backends.cudnn.benchmark = True
-variants = [SONANet(751, sona).to(device, memory_format=torch.channels_last).eval() for sona in ("2", "none")]
+variants = [
+    SONANet(751, sona).to(device, memory_format=torch.channels_last).eval()
+    for sona in ("2", "none")
+]
 wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 for batch in (1, 32):
     images = torch.randn(batch, 3, 384, 128, device=device).to(memory_format=torch.channels_last)

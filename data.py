@@ -16,9 +16,9 @@ Usage:
 import math
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -27,18 +27,18 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
-from torch import Tensor
 from torch.utils.data import Dataset
 
 FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 NAMES = "<identity>_c<camera>_..., e.g. 0002_c1s1_000451_03.jpg"
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # what Pillow may take a file for
 
 
 class Source(NamedTuple):
     """A data set in the Market-1501 layout."""
 
-    words: str  # in its folder's name, in lower case: "market 1501" for Market-1501-v15.09.15
+    words: str  # in its folder's name: "market 1501" for Market-1501-v15.09.15
     counts: dict[str, tuple[int, int]] = {}  # published (images, identities) (Table 1)
 
 
@@ -67,11 +67,51 @@ DATASETS = {
 }
 
 
+# ---------- Errors and files ----------------------------------------------------------------------
+
+
 class DataError(ValueError):
     """Data is missing or unusable. The message is one line, for the user."""
 
-    def __str__(self) -> str:  # without the traceback that a DataLoader's worker puts before it
+    def __str__(self):  # without the traceback that a DataLoader's worker puts before it
         return super().__str__().rsplit("DataError: ", 1)[-1].strip()
+
+
+def run_program(main):
+    """Call main; a DataError, or an OSError that names its file, ends the program in one line."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that a terminal cannot show
+    try:
+        main()
+    except (DataError, OSError) as error:
+        if getattr(error, "filename", True) is None:
+            raise
+        sys.exit(f"error: {error}")
+
+
+def load_tensors(path, *keys: str):
+    """A checkpoint or file of weights, on the CPU; nothing in it is executed.
+
+    Raises OSError if it cannot be opened, DataError if it is damaged or lacks one of the keys.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        missing = [key for key in keys if key not in content]
+    except OSError:
+        raise
+    except Exception as error:  # what torch raises depends on how a file is damaged
+        raise DataError(f"{str(path)!r} is damaged, or no file of weights") from error
+    if missing:
+        raise DataError(f"{str(path)!r} has no {', '.join(missing)}: it is not a run's last.pt")
+    return content
+
+
+@contextmanager
+def replacing(path):
+    """A path to write to; if nothing goes wrong, what is written there replaces `path` at once."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as folder:
+        scratch = Path(folder, path.name)
+        yield scratch
+        scratch.replace(path)
 
 
 # ---------- Data sets in the Market-1501 layout ---------------------------------------------------
@@ -85,77 +125,99 @@ class Split(NamedTuple):
     cams: np.ndarray  # (N,) cameras
 
     @property
-    def labels(self) -> Tensor:
+    def labels(self):
         """(N,) the identities renumbered from 0, for a classifier."""
         return torch.from_numpy(np.unique(self.ids, return_inverse=True)[1])
 
 
-def load_dataset(name: str, data_dir: str | Path) -> dict[str, Split]:
+def load_dataset(name, data_dir):
     """The train, query and gallery splits of a set in DATASETS, wherever it lies under data_dir.
 
     The toy is drawn on first use. Raises DataError if the set is not found or cannot be used.
     """
-    if name == "toy" and not Path(data_dir, "toy").exists():
+    if name == "toy" and not search(name, data_dir):
         draw_toy(Path(data_dir, "toy"))
     folder = find_folder(name, data_dir)
     splits = {split: read_split(folder / subfolder) for split, subfolder in FOLDERS.items()}
-    query = splits["query"]
-    gallery = splits["gallery"]
+    _, query, gallery = splits.values()
     for identity, camera in zip(query.ids, query.cams, strict=True):
         if np.any((gallery.ids == identity) & (gallery.cams != camera)):
             return splits
-    raise DataError(f"{folder}: no query has a match from another camera; names are {NAMES}")
+    raise DataError(f"{str(folder)!r}: no query has a match from another camera; names are {NAMES}")
 
 
-def find_folder(name: str, data_dir: str | Path) -> Path:
-    """The first folder with the set's name and all FOLDERS: data_dir, or up to three levels below.
+def find_folder(name, data_dir):
+    """The folder with the set's name and all FOLDERS: data_dir, or one up to three levels below.
 
-    Raises DataError if there is none.
+    Raises DataError if there is none, or several at the first level that has any.
     """
-    pattern = re.compile(rf"(^|/){DATASETS[name].words.replace(' ', '.*')}\w*$")
-    folders = [Path(data_dir)]
-    for depth in range(4):
-        for folder in folders:
-            # The names of its parent and itself, as in cuhk03-np/labeled, without punctuation.
-            names = Path(os.path.abspath(folder)).parts[-2:]
-            named = pattern.search("/".join(re.sub(r"[\W_]", "", part.lower()) for part in names))
-            if named and all((folder / subfolder).is_dir() for subfolder in FOLDERS.values()):
-                return folder
-        below = [path for folder in folders if depth < 3 for path in sorted(folder.glob("[!._]*"))]
-        folders = [path for path in below if path.name not in FOLDERS.values() and path.is_dir()]
+    folders = search(name, data_dir)
+    if len(folders) == 1:
+        return folders[0]
+    if folders:
+        found = " and ".join(repr(str(folder)) for folder in folders)
+        raise DataError(f"{name}: found {found}; choose one by --data-dir")
     wanted = f"named like '{DATASETS[name].words}' with {', '.join(FOLDERS.values())}"
     if name.startswith("cuhk03"):
         wanted += " (cuhk-03.mat is the raw release; use cuhk03-np)"
-    raise DataError(f"{name}: found no folder {wanted} in {data_dir} or up to three folders below")
+    others = [other for other in DATASETS if search(other, data_dir)]
+    there = f"; there is --dataset {' and '.join(others)}" if others else ""
+    raise DataError(
+        f"{name}: found no folder {wanted} in {str(data_dir)!r} or up to three folders below{there}"
+    )
 
 
-def read_split(folder: Path) -> Split:
+def search(name, data_dir):
+    """The set's folders at the first level that has any; that of the exact name, if it is there."""
+
+    def squash(text):  # without punctuation
+        return re.sub(r"[\W_]", "", text.lower())
+
+    words = [squash(word) for word in DATASETS[name].words.split()]
+    pattern = re.compile(rf"(^|/){'.*'.join(words)}\w*$")
+    level = [Path(data_dir)]
+    for _ in range(4):
+        found = []
+        below = []
+        for folder in level:
+            if all(os.path.isdir(folder / subfolder) for subfolder in FOLDERS.values()):
+                # The names of its parent and itself, as in cuhk03-np/labeled.
+                names = Path(os.path.abspath(folder)).parts[-2:]
+                if pattern.search("/".join(map(squash, names))):
+                    found.append(folder)
+            elif os.path.isdir(folder):
+                below += sorted(folder.glob("[!._]*"))
+        if found:
+            exact = [folder for folder in found if squash(folder.name) == "".join(words)]
+            return exact[:1] or found
+        level = below
+    return []
+
+
+def read_split(folder):
     """The images of a folder, labelled by their NAMES, without junk (identity -1).
 
     Raises DataError if a name is not like that, or there are no images.
     """
-    paths = []
-    ids = []
-    cams = []
+    images = []  # (path, identity, camera)
     for file in sorted(os.listdir(folder)):
         if file.startswith(".") or not file.lower().endswith(EXTENSIONS):
             continue
-        match = re.match(r"(-1|\d+)_c(\d+)[s_.]", file)
+        match = re.match(r"(-1|\d{1,18})_c(\d{1,18})[s_.]", file)
         if match is None:
-            raise DataError(f"{folder / file}: the name must be {NAMES}")
+            raise DataError(f"{str(folder / file)!r}: the name must be {NAMES}")
         if match[1] != "-1":
-            paths.append(str(folder / file))
-            ids.append(int(match[1]))
-            cams.append(int(match[2]))
-    if not paths:
-        message = f"{folder} holds no images ({', '.join(EXTENSIONS)})"
+            images.append((str(folder / file), int(match[1]), int(match[2])))
+    if not images:
+        message = f"{str(folder)!r} holds no images ({', '.join(EXTENSIONS)})"
         if any(path.is_dir() for path in folder.iterdir()):
             message += "; move them up out of subfolders"
         raise DataError(message)
-    return Split(paths, np.array(ids), np.array(cams))
+    paths, ids, cams = zip(*images, strict=True)
+    return Split(list(paths), np.array(ids), np.array(cams))
 
 
-def describe(name: str, splits: dict[str, Split]) -> str:
+def describe(name, splits):
     """The counts of each split, the published ones if they differ, and the folder."""
     lines = [f"{name:<16}{'images':>8}{'identities':>12}{'cameras':>9}"]
     for split, (paths, ids, cams) in splits.items():
@@ -177,30 +239,42 @@ def describe(name: str, splits: dict[str, Split]) -> str:
 class ImageDataset(Dataset):
     """Image files, resized, with a label each: [index] -> ((3, height, width) uint8 RGB, label)."""
 
-    def __init__(self, paths: Sequence[str], labels: Sequence, height: int, width: int) -> None:
+    def __init__(self, paths, labels, height, width):
         self.paths = paths
         self.labels = labels
         self.size = [height, width]
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index):
         image = read_image(self.paths[index])
         return TF.resize(image, self.size), self.labels[index]  # not in the paper: bilinear
 
 
-def read_image(path: str | Path) -> Tensor:
-    """An image file as (3, H, W) uint8 RGB. Raises DataError."""
+def read_image(path):
+    """An image file as (3, H, W) uint8 RGB, upright, on white if it has an alpha channel.
+
+    Raises DataError.
+    """
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)  # phones may store a photo sideways
-            return TF.pil_to_tensor(upright.convert("RGB"))
+        if not os.path.isfile(path):  # a named pipe would be waited for
+            raise OSError("no such file")
+        with Image.open(path, formats=FORMATS) as image:
+            # Read here, dropped there: exif_transpose writes what it finds again, and may fail to.
+            image.getexif()
+            image.info.pop("exif", None)
+            image = ImageOps.exif_transpose(image)  # phones may store a photo sideways
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            return TF.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # what Pillow raises depends on where a file is damaged
-        raise DataError(f"cannot read the image {path}: {error}; replace or remove it") from error
+        reason = f"cannot read the image {str(path)!r}: {error}"
+        raise DataError(f"{reason}; replace or remove it") from error
 
 
-def normalize(images: Tensor) -> Tensor:
+def normalize(images):
     """(B, 3, H, W) uint8 on any device -> normalised floats (Sec. 3.2).
 
     Not in the paper: ImageNet's mean and standard deviation. Raises TypeError for other dtypes.
@@ -214,13 +288,13 @@ def normalize(images: Tensor) -> Tensor:
     return images
 
 
-def augment(images: Tensor) -> Tensor:
+def augment(images):
     """(B, 3, H, W) uint8 on any device -> flipped, normalised, with cutout (Sec. 3.2)."""
     flipped = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5  # half of them
     return cutout(normalize(torch.where(flipped, images.flip(3), images)))
 
 
-def cutout(images: Tensor, probability: float = 0.5) -> Tensor:
+def cutout(images, probability=0.5):
     """Cutout: (B, C, H, W) normalised floats -> the same with a square of zeros (Sec. 3.2).
 
     Not in the paper: probability 0.5, one 64 x 64 square inside the image, 0 after normalisation;
@@ -229,7 +303,7 @@ def cutout(images: Tensor, probability: float = 0.5) -> Tensor:
     batch, _, height, width = images.shape
     side = min(round(math.sqrt(height * width / 12)), height, width)
 
-    def random_interval(size: int) -> Tensor:  # (B, size) bool
+    def random_interval(size):  # (B, size) bool
         start = torch.randint(size - side + 1, (batch, 1), device=images.device)
         position = torch.arange(size, device=images.device)
         return (start <= position) & (position < start + side)
@@ -253,13 +327,13 @@ class IdentitySampler:
 
     def __init__(
         self,
-        labels: Sequence[int] | np.ndarray | Tensor,
-        ids_per_batch: int = 32,
-        images_per_id: int = 4,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
+        labels,
+        ids_per_batch=32,
+        images_per_id=4,
+        seed=0,
+        rank=0,
+        world_size=1,
+    ):
         labels = np.asarray(labels)
         self.images_of_id = [np.flatnonzero(labels == identity) for identity in np.unique(labels)]
         people = len(self.images_of_id)
@@ -276,19 +350,19 @@ class IdentitySampler:
         self.ids_per_process = ids_per_batch // world_size
         self.epoch = 0
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch):
         self.epoch = epoch
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.images_of_id) // self.ids_per_batch
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
         drawn = []  # for all identities, so that all processes use the same random numbers
         for identity in rng.permutation(len(self.images_of_id)):
             indices = self.images_of_id[identity]
-            replace = len(indices) < self.images_per_id
-            drawn.append(rng.choice(indices, self.images_per_id, replace=replace))
+            few = len(indices) < self.images_per_id
+            drawn.append(rng.choice(indices, self.images_per_id, few))
         for step in range(len(self)):
             start = step * self.ids_per_batch + self.rank * self.ids_per_process
             yield np.concatenate(drawn[start : start + self.ids_per_process]).tolist()
@@ -303,25 +377,27 @@ CLOTHES = (
 ).split()
 
 
-def draw_toy(folder: Path) -> None:
+def draw_toy(folder):
     """64 people to train on, 3 images from each of 4 cameras; 50 others to find.
 
     Of those, each camera has 1 query image and 1 gallery image.
     """
-    people = {"train": range(1, 65), "query": range(65, 115), "gallery": range(65, 115)}
-    numbers = {"train": (0, 1, 2), "query": (0,), "gallery": (1,)}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        for split, subfolder in FOLDERS.items():
-            target = Path(scratch, "toy", subfolder)
+        for split, people, numbers in (
+            ("train", range(1, 65), (0, 1, 2)),
+            ("query", range(65, 115), (0,)),
+            ("gallery", range(65, 115), (1,)),
+        ):
+            target = Path(scratch, "toy", FOLDERS[split])
             target.mkdir(parents=True)
-            for person, camera, i in product(people[split], (1, 2, 3, 4), numbers[split]):
+            for person, camera, i in product(people, (1, 2, 3, 4), numbers):
                 draw_pedestrian(person, camera, i).save(target / f"{person:04d}_c{camera}_{i}.png")
         with suppress(OSError):  # the toy is whole or not there, and another process was faster
             Path(scratch, "toy").rename(folder)
 
 
-def draw_pedestrian(person: int, camera: int, number: int) -> Image.Image:
+def draw_pedestrian(person, camera, number):
     """A person as a street camera would crop it, 128 x 64 pixels.
 
     The same arguments give the same picture.
@@ -340,13 +416,14 @@ def draw_pedestrian(person: int, camera: int, number: int) -> Image.Image:
     feet = when.normal(244, 4)
     stride = when.uniform(-0.5, 0.5)
 
-    def at(*points: tuple[float, float]) -> list[tuple[float, float]]:  # half-widths, heights
+    def at(*points):  # half-widths, heights
         return [(x + dx * width, feet - dy * height) for dx, dy in points]
 
-    # The street: a wall, the ground, something that stands there.
-    canvas = Image.new("RGB", (128, 256), tuple(where.integers(100, 180, 3).tolist()))
+    # The street, and something that stands there.
+    wall, ground = where.integers(100, 180, (2, 3)).tolist()
+    canvas = Image.new("RGB", (128, 256), tuple(wall))
     draw = ImageDraw.Draw(canvas)
-    draw.rectangle((0, 160, 128, 256), tuple(where.integers(100, 180, 3).tolist()))
+    draw.rectangle((0, 160, 128, 256), tuple(ground))
     draw.rectangle((when.integers(128), 0, 200, when.integers(80, 200)), when.choice(CLOTHES))
 
     for side in (-1, 1):  # legs, arms and long hair

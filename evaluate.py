@@ -14,8 +14,9 @@ Usage:
 import argparse
 import json
 import math
+import os
 import sys
-from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageDraw, ImageOps
-from torch import Tensor, nn
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 
 from data import (
@@ -35,8 +35,10 @@ from data import (
     Split,
     describe,
     load_dataset,
+    load_tensors,
     normalize,
     read_image,
+    run_program,
 )
 from losses import gather
 from model import SONA, SONANet
@@ -51,7 +53,7 @@ class Ranking(NamedTuple):
     mean_ap: float
     average_precisions: np.ndarray  # (queries,), nan if left out
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self):
         """The four metrics of the paper's tables. Raises ValueError if max_rank was below 10."""
         if len(self.cmc) < 10:
             raise ValueError(f"Rank-10 needs a max_rank of 10 or more, not {len(self.cmc)}")
@@ -59,14 +61,8 @@ class Ranking(NamedTuple):
 
 
 def evaluate_ranking(
-    query_features: np.ndarray,
-    gallery_features: np.ndarray,
-    query_ids: np.ndarray,
-    gallery_ids: np.ndarray,
-    query_cams: np.ndarray,
-    gallery_cams: np.ndarray,
-    max_rank: int = 50,
-) -> Ranking:
+    query_features, gallery_features, query_ids, gallery_ids, query_cams, gallery_cams, max_rank=50
+):
     """CMC and average precision of single queries, by the Market-1501 protocol (Zheng et al. 2015).
 
         ranking = evaluate_ranking(features, gallery_features, ids, gallery_ids, cams, gallery_cams)
@@ -78,20 +74,25 @@ def evaluate_ranking(
     float32); equal distances rank in gallery order; AP is the mean of the precisions at each true
     match; queries without a true match from another camera are left out of the mean.
 
-    Raises ValueError if shapes do not match, features are not finite or no query has a true match.
+    Raises ValueError if shapes do not match, ids or cams are no integers, features are not finite,
+    or no query has a true match.
     """
     queries = np.asarray(query_features)
     gallery = np.asarray(gallery_features)
+    labels = [np.asarray(x) for x in (query_ids, query_cams, gallery_ids, gallery_cams)]
+    shapes = [x.shape for x in (queries, gallery, *labels)]
+    q, g = len(queries), len(gallery)
+    if shapes[2:] != [(q,), (q,), (g,), (g,)] or 0 in (q, g):
+        raise ValueError(f"queries and gallery, then their ids and cams, have the shapes {shapes}")
+    if not all(np.can_cast(x.dtype, np.int64) for x in labels):
+        raise ValueError("ids and cams must be integers of at most 64 bits")
+    query_ids, query_cams, gallery_ids, gallery_cams = labels
+    # Moved to the gallery's middle, as |g|^2 / 2 - qg loses precision far from the origin; it is a
+    # median, which leaves whole numbers whole, so that equal distances stay equal.
     dtype = np.result_type(queries.dtype, gallery.dtype, np.float32)
-    queries = queries.astype(dtype)
-    gallery = gallery.astype(dtype)
-    query_ids, query_cams, gallery_ids, gallery_cams = map(
-        np.asarray, (query_ids, query_cams, gallery_ids, gallery_cams)
-    )
-    shapes = [x.shape for x in (query_ids, query_cams, gallery_ids, gallery_cams)]
-    lengths = len(queries), len(gallery)
-    if shapes != [(lengths[0],), (lengths[0],), (lengths[1],), (lengths[1],)]:
-        raise ValueError(f"ids and cams of shapes {shapes} for {lengths} features")
+    middle = np.median(gallery[:: len(gallery) // 100 + 1], 0).astype(dtype)
+    queries = queries - middle
+    gallery = gallery - middle
     half_norms = np.einsum("nd,nd->n", gallery, gallery) / 2
     if not np.isfinite(queries.sum() + half_norms.sum()):
         raise ValueError("the features hold nan, inf or numbers too large to square")
@@ -103,20 +104,18 @@ def evaluate_ranking(
     for start in range(0, len(queries), slab):
         # |q - g|^2 / 2 less |q|^2 / 2, which is the same for all g, ranks as the distance does.
         scores = half_norms - queries[start : start + slab] @ gallery.T  # (slab, gallery)
-        for q, row in enumerate(scores, start):
-            same_id = np.flatnonzero(gallery_ids == query_ids[q])
-            same_cam = gallery_cams[same_id] == query_cams[q]
+        for i, row in enumerate(scores, start):
+            same_id = np.flatnonzero(gallery_ids == query_ids[i])
+            same_cam = gallery_cams[same_id] == query_cams[i]
             row[same_id[same_cam]] = np.inf
             matches = same_id[~same_cam]
-            if len(matches) == 0 or query_ids[q] == -1:
+            if len(matches) == 0 or query_ids[i] == -1:
                 continue
             # A match's rank, from 0: how many are nearer, or as near and earlier in the gallery.
-            ranks = [
-                np.count_nonzero(row[:i] <= row[i]) + np.count_nonzero(row[i:] < row[i])
-                for i in matches
-            ]
-            ranks = np.sort(ranks)
-            average_precisions[q] = np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1))
+            before = [np.count_nonzero(row[:match] <= row[match]) for match in matches]
+            behind = [np.count_nonzero(row[match:] < row[match]) for match in matches]
+            ranks = np.sort(np.add(before, behind))
+            average_precisions[i] = np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1))
             hits[ranks[0] :] += 1
 
     counted = np.count_nonzero(~np.isnan(average_precisions))
@@ -125,7 +124,7 @@ def evaluate_ranking(
     return Ranking(hits / counted, float(np.nanmean(average_precisions)), average_precisions)
 
 
-def summary(metrics: dict[str, float]) -> str:
+def summary(metrics):
     """The four metrics in the paper's form, in per cent."""
     names = {"mean_ap": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10"}
     return "  ".join(f"{name}{100 * metrics[key]:7.2f}" for key, name in names.items())
@@ -136,28 +135,26 @@ def summary(metrics: dict[str, float]) -> str:
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def default_precision(device: torch.device) -> str:
+def default_precision(device):
     """fp16 on GPUs of compute capability 7.0 or more, float32 elsewhere. Not in the paper."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
         return "fp16"
     return "float32"
 
 
-def memory_format(device: torch.device, precision: str) -> torch.memory_format:
+def memory_format(device, precision):
     """The layout of a network in which its convolutions are fastest; their outputs follow it.
 
     channels_last, except in float32 on GPUs without tensor cores for it (before 8.0).
     """
-    if device.type == "cuda" and precision == "float32":
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return torch.contiguous_format
+    plain = device.type == "cuda" and precision == "float32"
+    if plain and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.contiguous_format
     return torch.channels_last
 
 
 @torch.inference_mode()
-def extract_features(
-    network: nn.Module, paths: Sequence[str], height: int, width: int, workers: int = 0
-) -> np.ndarray:
+def extract_features(network, paths, height, width, workers=0):
     """(N, 1536) test embeddings of images: the mean over an image and its mirror image (Sec. 3.2).
 
     In float32, computed in the device's default_precision. Under torch.distributed, the processes
@@ -167,18 +164,20 @@ def extract_features(
     device = next(network.parameters()).device
     dtype = PRECISIONS[default_precision(device)]
     rank = 0
-    processes = 1
+    share = len(paths)
     if dist.is_initialized():
         rank = dist.get_rank()
-        processes = dist.get_world_size()
+        share = math.ceil(
+            share / dist.get_world_size()
+        )  # the last are padded with the first images
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
-    share = math.ceil(len(paths) / processes)  # the last processes are padded with the first images
     own = [paths[i % len(paths)] for i in range(rank * share, (rank + 1) * share)]
-    dataset = ImageDataset(own, range(share), height, width)
+    loader = DataLoader(ImageDataset(own, own, height, width), 64, num_workers=workers)
     network.eval()
     features = []
-    for images, _ in DataLoader(dataset, batch_size=64, num_workers=workers):
+    for images, _ in loader:
+        progress(f"image {64 * len(features)} of {share}")
         images = normalize(images.to(device))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             embeddings = network(torch.cat([images, images.flip(3)]))  # (2B, 1536)
@@ -186,31 +185,33 @@ def extract_features(
     return gather(torch.cat(features))[: len(paths)].cpu().numpy()
 
 
-def rank_splits(features: np.ndarray, query: Split, gallery: Split) -> Ranking:
-    """The ranking of a gallery for queries. features: first all queries', then the gallery's."""
+def evaluate(network, query, gallery, height, width, workers=0):
+    """The ranking of a gallery for its queries by a network's features (Sec. 3.3)."""
+    paths = query.paths + gallery.paths  # together, so that readers start only once
+    features = extract_features(network, paths, height, width, workers)
     query_features, gallery_features = np.split(features, [len(query.paths)])
     return evaluate_ranking(
         query_features, gallery_features, query.ids, gallery.ids, query.cams, gallery.cams
     )
 
 
-def evaluate(
-    network: nn.Module, query: Split, gallery: Split, height: int, width: int, workers: int = 0
-) -> Ranking:
-    """The ranking of a network's features (Sec. 3.3)."""
-    paths = [*query.paths, *gallery.paths]  # together, so that their readers start only once
-    features = extract_features(network, paths, height, width, workers)
-    return rank_splits(features, query, gallery)
+def progress(text):
+    """Shows text on a terminal until the next line is printed."""
+    if sys.stdout.isatty():
+        print(f"  {text:<30}", end="\r", flush=True)
 
 
-def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[SONANet, dict]:
-    """The network in a run's folder, in eval mode, and the settings of its training."""
+def load_run(run, device="cpu"):
+    """The network in a run's folder, in eval mode, and the settings of its training.
+
+    Raises OSError or DataError if there is no checkpoint or it cannot be read.
+    """
     device = torch.device(device)
-    checkpoint = torch.load(Path(run, "last.pt"), map_location="cpu", weights_only=True)
+    checkpoint = load_tensors(Path(run, "last.pt"), "network", "history", "settings")
     settings = checkpoint["settings"]
-    trained = len(checkpoint["history"])
-    if trained < settings["epochs"]:
-        print(f"note: {run} has trained for {trained} of {settings['epochs']} epochs")
+    epochs = len(checkpoint["history"])
+    if epochs < settings["epochs"]:
+        print(f"note: {run} has trained for {epochs} of {settings['epochs']} epochs")
     num_classes = len(checkpoint["network"]["global_classifier.bias"])
     network = SONANet(num_classes, settings["sona"], settings["drop"])
     network.load_state_dict(checkpoint["network"])
@@ -221,117 +222,107 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[SONAN
 # ---------- Command line --------------------------------------------------------------------------
 
 
-def main() -> None:
+def main():
     args = parse_args()
     if args.curves:
-        draw_curves(args.runs).save(args.curves)
-        return
+        return write(draw_curves(args.runs), args.curves)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs = [load_run(run, device) for run in args.runs]
     network, settings = runs[-1]
     size = settings["height"], settings["width"]
     if args.query:
-        query_paths = photos(args.query)
+        query = Split(find_images(args.query), None, None)
     else:
         name = args.dataset or settings["dataset"]
         splits = load_dataset(name, args.data_dir or settings["data_dir"])
-        query = splits["query"]
-        gallery = splits["gallery"]
-        query_paths = query.paths
+        _, query, gallery = splits.values()
 
     if args.attention:
-        draw_attention(network, query_paths[:6], *size).save(args.attention)
-        return
+        return write(draw_attention(network, query.paths[:6], *size), args.attention)
 
-    # your own photos
+    # mAP and CMC, or your own photos
+    aps = None
     if args.query:
-        gallery_paths = photos(Path(args.gallery).rglob("[!.]*"))
-        features = extract_features(network, query_paths + gallery_paths, *size, args.workers)
-        query_features, gallery_features = np.split(features, [len(query_paths)])
-        rows = []
-        for path, feature in zip(query_paths, query_features, strict=True):
-            print(path)
-            found = nearest(feature, gallery_features)
-            for i, distance in found:
-                print(f"{distance:10.3f}  {gallery_paths[i]}")
-            tiles = [tile(gallery_paths[i], "white", f"{d:.2f}") for i, d in found[:5]]
-            rows.append([tile(path, BLUE, ""), *tiles])
-        if args.ranking:
-            title = "Queries (blue) and their nearest images, with distances"
-            draw_rows(rows, title).save(args.ranking)
-        return
-
-    # a data set
-    print(describe(name, splits) + "\n")
-    table = []
-    for run, (network, settings) in zip(args.runs, runs, strict=True):
-        paths = [*query.paths, *gallery.paths]
-        size = settings["height"], settings["width"]
-        features = extract_features(network, paths, *size, args.workers)
-        ranking = rank_splits(features, query, gallery)
-        table.append(ranking.metrics())
-        print(f"{run:<22}  {summary(table[-1])}")
-    if len(runs) > 1:
-        values = [list(metrics.values()) for metrics in table]
-        mean = dict(zip(table[0], np.mean(values, 0), strict=True))
+        gallery = Split(find_images([args.gallery]), None, None)
+        print(f"searching {len(gallery.paths)} images for {len(query.paths)}")
+    else:
+        print(describe(name, splits) + "\n")
+        table = []
+        for run, (network, settings) in zip(args.runs, runs, strict=True):
+            size = settings["height"], settings["width"]
+            ranking = evaluate(network, query, gallery, *size, args.workers)
+            aps = ranking.average_precisions
+            table.append(ranking.metrics())
+            print(f"{run:<22}  {summary(table[-1])}")
         # Not in the paper: the population's deviation, as the paper's seem to be.
-        deviation = dict(zip(table[0], np.std(values, 0), strict=True))
-        print(f"{'mean':<22}  {summary(mean)}")
-        print(f"{'standard deviation':<22}  {summary(deviation)}")
-    if args.ranking:
-        draw_ranking(query, gallery, features, ranking).save(args.ranking)
+        for title, statistic in ("mean", np.mean), ("standard deviation", np.std):
+            if len(runs) > 1:
+                values = {key: statistic([metrics[key] for metrics in table]) for key in table[0]}
+                print(f"{title:<22}  {summary(values)}")
+
+    # nearest images, printed for photos, drawn for --ranking
+    if args.query or args.ranking:
+        features = extract_features(network, query.paths + gallery.paths, *size, args.workers)
+        picture = search(query, gallery, features, aps)
+        if args.ranking:
+            write(picture, args.ranking)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args():
     parser = argparse.ArgumentParser(
-        description="Evaluate trained runs: mAP and CMC with single queries."
+        usage="%(prog)s RUN [RUN ...] [options]",
+        description="Evaluate trained runs: mAP and CMC with single queries.",
     )
     add = parser.add_argument
-    add(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="folder of a run; of several, the mean and standard deviation are printed, too",
-    )
+    add("runs", nargs="+", help="folder of a run; several give mean and standard deviation, too")
     add("--dataset", choices=DATASETS, help="data set to evaluate on [the last RUN's]")
     add("--data-dir", help="folder that holds the data sets [as in training]")
     add("--workers", type=int, default=2, help="data-loader processes [%(default)s]")
-    add(
-        "--ranking",
-        metavar="PNG",
-        help="also draw queries and their nearest images, for the last RUN",
-    )
-    add(
-        "--attention",
-        metavar="PNG",
-        help="draw the last RUN's attention, as in Fig. 3, and nothing else",
-    )
-    add("--curves", metavar="PNG", help="plot the runs' losses and mAP, and nothing else")
-    add(
-        "--query",
-        nargs="+",
-        metavar="IMAGE",
-        help="your own query photos, each cropped to one person",
-    )
-    add("--gallery", metavar="FOLDER", help="folder to search, with its subfolders")
+    add("--ranking", type=png, help="also draw the last RUN's queries and their nearest images")
+    add("--attention", type=png, help="only draw the last RUN's attention, as in Fig. 3")
+    add("--curves", type=png, help="only plot the runs' losses and mAP")
+    add("--query", nargs="+", help="your own photos, each cropped to one person, or their folders")
+    add("--gallery", help="folder to search for them, with its subfolders")
     args = parser.parse_args()
     if bool(args.query) != bool(args.gallery) and not args.attention:
         parser.error("--query and --gallery go together")
     return args
 
 
-def photos(paths: Sequence[str | Path]) -> list[str]:
-    """The images among paths."""
-    paths = sorted(str(path) for path in paths if str(path).lower().endswith(EXTENSIONS))
-    if not paths:
-        raise DataError(f"no images ({', '.join(EXTENSIONS)}) in --query or --gallery")
+def png(text):
+    """An argparse type: pictures that can be written."""
+    path = Path(text)
+    if path.suffix != ".png" or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a .png in a folder that can be written")
+    return path
+
+
+def write(picture, path):
+    picture.save(path)
+    print(f"wrote {path}")
+
+
+def find_images(names):
+    """The files that are named, and the images in the folders that are, with their subfolders.
+
+    Hidden files and folders (.name, @eaDir) are passed over. Raises DataError if a folder has none.
+    """
+    paths = []
+    for name in names:
+        if not os.path.isdir(name):
+            paths.append(name)
+            continue
+        # glob goes into linked folders, but not into hidden ones
+        inside = [os.path.join(name, x) for x in glob("**/*", root_dir=name, recursive=True)]
+        found = [x for x in inside if x.lower().endswith(EXTENSIONS) and "@eaDir" not in x]
+        if not found:
+            raise DataError(f"{name!r} holds no images ({', '.join(EXTENSIONS)})")
+        paths += sorted(filter(os.path.isfile, found))
     return paths
 
 
-def nearest(
-    query: np.ndarray, gallery: np.ndarray, skip: np.ndarray | None = None
-) -> list[tuple[int, float]]:
+def nearest(query, gallery, skip=None):
     """The indices and distances of the ten features nearest to one, from the nearest on.
 
     query (D,), gallery (N, D); skip (N,) bool, which to pass over.
@@ -340,83 +331,84 @@ def nearest(
     order = np.argsort(distances, kind="stable")
     if skip is not None:
         order = order[~skip[order]]
-    return [(int(i), float(distances[i])) for i in order[:10]]
+    return [(i, distances[i]) for i in order[:10]]
+
+
+def search(query, gallery, features, aps):
+    """A picture of queries with their five nearest images; ten are printed, too, for photos.
+
+    features are those of all queries, then the gallery's; aps the queries' average precisions, of
+    which ten are chosen, from the highest down. Photos have neither these nor identities.
+    """
+    query_features, gallery_features = np.split(features, [len(query.paths)])
+    chosen = range(len(query.paths))
+    if aps is not None:
+        order = np.argsort(-aps)[: np.count_nonzero(~np.isnan(aps))]
+        chosen = order[np.unique(np.linspace(0, len(order) - 1, 10).astype(int))]
+    rows = []
+    for q in chosen:
+        path = query.paths[q]
+        if aps is None:
+            print(path)
+            row = [tile(path, BLUE, "query")]
+            for i, distance in nearest(query_features[q], gallery_features):
+                print(f"{distance:10.3f}  {gallery.paths[i]}")
+                row.append(tile(gallery.paths[i], "white", f"{distance:.2f}"))
+        else:
+            same_id = gallery.ids == query.ids[q]
+            own = same_id & (gallery.cams == query.cams[q])
+            row = [tile(path, BLUE, f"camera {query.cams[q]}\nAP {100 * aps[q]:.1f} %")]
+            for i, distance in nearest(query_features[q], gallery_features, own):
+                caption = f"camera {gallery.cams[i]}\n{distance:.2f}"
+                row.append(tile(gallery.paths[i], GREEN if same_id[i] else RED, caption))
+        rows.append(row[:6])
+    return draw_rows(rows, "Queries (blue), their nearest images and distances")
 
 
 # ---------- Pictures ------------------------------------------------------------------------------
 
 TILE = (112, 224)  # width and height of an image in a picture
-BLUE = "#3060c0"
-GREEN = "#20a040"
-RED = "#d03030"
+BLUE = "#3060c0"  # a query
+GREEN = "#20a040"  # the same person
+RED = "#d03030"  # another
 
 
-class Tile(NamedTuple):
-    """An image in a picture, with the colour of its frame and a caption of two lines."""
-
-    image: Image.Image
-    frame: str
-    caption: str
+def tile(path, frame, caption):
+    """An image to draw, its frame's colour, and a caption of two lines. Raises DataError."""
+    return TF.to_pil_image(read_image(path)).resize(TILE), frame, caption
 
 
-def tile(path: str, frame: str, caption: str) -> Tile:
-    """The tile of an image file. Raises DataError."""
-    return Tile(TF.to_pil_image(read_image(path)).resize(TILE), frame, caption)
-
-
-def draw_rows(rows: list[list[Tile]], title: str) -> Image.Image:
+def draw_rows(rows, title):
     """Rows of tiles, each a framed image with its caption below."""
     width = TILE[0] + 14
     height = TILE[1] + 52
-    picture = Image.new("RGB", (width * max(map(len, rows)) + 4, height * len(rows) + 32), "white")
+    columns = max(map(len, rows))
+    picture = Image.new("RGB", (width * columns + 4, height * len(rows) + 32), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((9, 8), title, "black", font_size=14)
+    draw.text((9, 8), title, "black", font_size=15)
     for i, row in enumerate(rows):
         for j, (image, frame, caption) in enumerate(row):
             left = 4 + j * width
             top = 32 + i * height
             picture.paste(ImageOps.expand(image, 5, frame), (left, top))
-            draw.multiline_text((left + 5, top + TILE[1] + 11), caption, "black", font_size=15)
+            draw.text((left + 5, top + TILE[1] + 11), caption, "black", font_size=15)
     return picture
 
 
-def draw_ranking(
-    query: Split, gallery: Split, features: np.ndarray, ranking: Ranking
-) -> Image.Image:
-    """A row for each of ten queries, from the highest AP down, with its five nearest images.
-
-    features are those of all queries, then the gallery's.
-    """
-    query_features, gallery_features = np.split(features, [len(query.paths)])
-    order = np.argsort(-ranking.average_precisions)  # nan comes last
-    ranked = np.count_nonzero(~np.isnan(ranking.average_precisions))
-    chosen = order[np.unique(np.linspace(0, ranked - 1, 10).astype(int))]
-    rows = []
-    for q in chosen:
-        caption = f"camera {query.cams[q]}\nAP {100 * ranking.average_precisions[q]:.1f} %"
-        row = [tile(query.paths[q], BLUE, caption)]
-        same_id = gallery.ids == query.ids[q]
-        same_cam = gallery.cams == query.cams[q]
-        for i, distance in nearest(query_features[q], gallery_features, same_id & same_cam)[:5]:
-            frame = GREEN if same_id[i] else RED
-            row.append(tile(gallery.paths[i], frame, f"camera {gallery.cams[i]}\n{distance:.2f}"))
-        rows.append(row)
-    title = (
-        "Queries (blue) and their nearest images, with distances. Green: same person; red: another"
-    )
-    return draw_rows(rows, title)
-
-
 @torch.no_grad()
-def sona_input(network: nn.Module, images: Tensor) -> tuple[SONA, Tensor]:
-    """The network's first SONA module and its input (B, C, h, w), for normalised images."""
-    sona = next((module for module in network.modules() if isinstance(module, SONA)), None)
-    assert sona, "the network has no SONA module to draw"
+def sona_input(network, images):
+    """The network's first SONA module and its input (B, C, h, w), for normalised images.
+
+    Raises DataError if it has none.
+    """
+    modules = [module for module in network.modules() if isinstance(module, SONA)]
+    if not modules:
+        raise DataError("the network has no SONA module to draw")
     inputs = []
-    hook = sona.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    hook = modules[0].register_forward_pre_hook(lambda _, arguments: inputs.extend(arguments))
     network(images)
     hook.remove()
-    return sona, inputs[0]
+    return modules[0], inputs[0]
 
 
 # Reference points like those of Fig. 3, as shares of height and width.
@@ -430,94 +422,62 @@ POINTS = {
 
 
 @torch.inference_mode()
-def draw_attention(
-    network: nn.Module, paths: Sequence[str], height: int, width: int
-) -> Image.Image:
+def draw_attention(network, paths, height, width):
     """Fig. 3, in eval mode, of the first SONA module: a row per image, a column per point."""
     device = next(network.parameters()).device
-    tiles = []
+    drawn = []
     for path, (image, _) in zip(paths, ImageDataset(paths, paths, height, width), strict=True):
         sona, x = sona_input(network, normalize(image[None].to(device)))
         rows, columns = x.shape[2:]
         weights = rows * columns * sona.attention(x)[0].cpu()  # (HW, HW), 1 where uniform
-        plain = tile(path, "white", "")
-        tiles.append([plain])
+        drawn.append([tile(path, "white", "")])
         for name, (top, left) in POINTS.items():
             point = int(top * rows) * columns + int(left * columns)
-            strongest = weights[point].topk(min(10, rows * columns)).indices.tolist()
-            marked = plain.image.copy()
-            for position in (*strongest, point):
+            values, strongest = weights[point].topk(10)
+            marked = drawn[-1][0][0].copy()
+            for position in (*strongest.tolist(), point):
                 x = (position % columns + 0.5) / columns * TILE[0]
                 y = (position // columns + 0.5) / rows * TILE[1]
                 colour = "#20e040" if position == point else "#ff2020"
                 ImageDraw.Draw(marked).ellipse((x - 4, y - 4, x + 4, y + 4), colour, "black")
-            excess = 100 * (weights[point].max().item() - 1)
-            tiles[-1].append(Tile(marked, "white", f"{name}\n{excess:+.2g} %"))
-    return draw_rows(
-        tiles, "Green: a point; red: the ten it attends to most, the strongest over uniform in %"
-    )
+            drawn[-1].append((marked, "white", f"{name}\n{100 * (values[0] - 1):+.2g} %"))
+    title = "Green: a point; red: the ten it attends to most, by how much above the uniform weight"
+    return draw_rows(drawn, title)
 
 
-CURVE_COLOURS = [BLUE, "#d07020", GREEN, "#a03090", "#808080", "#b0a000", "#008080", RED]
-
-
-def draw_curves(runs: list[str]) -> Image.Image:
+def draw_curves(runs):
     """Losses and mAP of runs over their epochs; prints their average losses (Sec. 3.4)."""
-    logs = []
-    for run in runs:
-        with open(Path(run, "log.jsonl")) as file:
-            logs.append([json.loads(line) for line in file])
+    logs = [list(map(json.loads, open(Path(run, "log.jsonl")))) for run in runs]
     epochs = min(map(len, logs))
     averages = [np.mean([record["loss"] for record in log[:epochs]]) for log in logs]
     print(f"average loss of {epochs} epochs, and its difference from the first run's")
     for run, average in zip(runs, averages, strict=True):
         print(f"{average:9.4f} {average / averages[0] - 1:+8.2%}  {run}")
 
-    picture = Image.new("RGB", (840, 330 + 20 * len(runs)), "white")
+    picture = Image.new("RGB", (840, 320 + 20 * len(runs)), "white")
     draw = ImageDraw.Draw(picture)
-    for i, run in enumerate(runs):
-        draw.text((60, 320 + 20 * i), run, CURVE_COLOURS[i % len(CURVE_COLOURS)], font_size=14)
-    losses = [[(record["epoch"] + 1, record["loss"]) for record in log] for log in logs]
-    mean_aps = [
-        [(record["epoch"] + 1, 100 * record["mean_ap"]) for record in log if "mean_ap" in record]
-        for log in logs
-    ]
-    draw_chart(draw, 60, "loss", losses)
-    draw_chart(draw, 480, "mAP in %", mean_aps)
+    draw.font = ImageFont.load_default(13)
+    colours = "blue orange green red purple brown gray black".split() * len(runs)
+    for left, title, key, unit in (60, "loss", "loss", 1), (480, "mAP (%)", "mean_ap", 100):
+        curves = [[(r["epoch"] + 1, unit * r[key]) for r in log if key in r] for log in logs]
+        x_tick, y_tick = map(tick, np.max(sum(curves, [(1, 0)]), 0))
+        draw.text((left, 8), title, "black")
+        draw.text((left + 170, 294), "epoch", "black", anchor="mt")
+        for n in range(6):
+            draw.text((left + 68 * n, 276), f"{n * x_tick}", "black", anchor="mt")
+            draw.text((left - 6, 270 - 48 * n), f"{n * y_tick}", "black", anchor="rm")
+            draw.line((left, 270 - 48 * n, left + 340, 270 - 48 * n), "#d0d0d0")
+        for i, curve in enumerate(curves):
+            points = [(left + 68 * x / x_tick, 270 - 48 * y / y_tick) for x, y in curve]
+            draw.line(points, colours[i], 2)
+            draw.text((60, 312 + 20 * i), runs[i], colours[i])
     return picture
 
 
-def ticks(high: float, least: float = 0) -> np.ndarray:
-    """Round numbers from 0 to high: at most six, at least `least` apart."""
-    power = 10.0 ** math.floor(math.log10(high / 5))
-    step = next(power * factor for factor in (1, 2, 5, 10) if 5 * power * factor >= high)
-    return np.arange(0, high * 1.001, max(step, least))
-
-
-def draw_chart(
-    draw: ImageDraw.ImageDraw, left: int, title: str, curves: list[list[tuple[float, float]]]
-) -> None:
-    """Curves of (epoch, y) points, one of CURVE_COLOURS each, in 340 x 240 pixels."""
-    last, high = np.max([(1, 1e-9), *sum(curves, [])], 0)  # both axes begin at 0
-
-    def at(epoch: float, y: float) -> tuple[float, float]:
-        return left + 340 * epoch / last, 270 - 240 * y / high
-
-    draw.text((left, 8), title, "black", font_size=14)
-    draw.text((left + 170, 294), "epoch", "black", font_size=12, anchor="mt")
-    for y in ticks(high):
-        draw.line((at(0, y), at(last, y)), "#d0d0d0")
-        draw.text((left - 6, at(0, y)[1]), f"{y:.3g}", "black", font_size=12, anchor="rm")
-    for epoch in ticks(last, 1):
-        draw.text((at(epoch, 0)[0], 276), f"{epoch:.0f}", "black", font_size=12, anchor="mt")
-    for curve, colour in zip(curves, CURVE_COLOURS * len(curves), strict=False):
-        draw.line([at(*point) for point in curve], colour, width=2)
-        for x, y in [at(*point) for point in curve[-1:]]:  # a dot, so that a single point shows
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+def tick(high):
+    """The round number of which five reach high."""
+    return next(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if 5 * n >= high)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

@@ -42,11 +42,8 @@ def batch_hard_triplet_loss(
 
 
 def branch_losses(
-    outputs: dict[str, tuple[Tensor, Tensor]],
-    labels: Tensor,
-    margin: float | None = None,
-    smoothing: float = 0.1,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    outputs: dict, labels: Tensor, margin: float | None = None, smoothing: float = 0.1
+) -> tuple[Tensor, dict]:
     """The sum of both losses over both branches (for backward), and its parts (for logging).
 
     outputs are the network's {branch: (embedding (B, D), logits (B, classes))}, labels (B,). The

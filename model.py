@@ -170,7 +170,8 @@ class SONANet(nn.Module):
 
     sona     where SONA is inserted, a key of PLACEMENTS
     drop     the local branch's drop layer, a key of DROPS
-    weights  of the backbone at the start: None, "imagenet", a ResNet-50's state dict or its path
+    weights  to start from: None, "imagenet", or the path or content of a ResNet-50's state dict, or
+             of a run's last.pt, whose classifiers are left out
 
     Input: (B, 3, height, width) floats, normalised by ImageNet's mean and standard deviation.
     In training mode returns {"global": (embedding (B, 512), logits (B, num_classes)),
@@ -185,14 +186,15 @@ class SONANet(nn.Module):
         num_classes: int,
         sona: str = "2",
         drop: str = "dropblock+",
-        weights: str | dict[str, Tensor] | None = None,
+        weights: str | dict | None = None,
     ) -> None:
         super().__init__()
 
-        def sona_after(place: str, channels: int) -> nn.Module:
+        def sona_after(place, channels):
             return PLACEMENTS[sona].get(place, nn.Identity)(channels)
 
-        backbone = dilated_resnet50(weights)
+        state = initial_weights(weights)
+        backbone = dilated_resnet50(state if "network" not in state else {})
         self.stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool)
         self.stage1 = backbone.layer1
         self.stage2 = backbone.layer2
@@ -211,6 +213,9 @@ class SONANet(nn.Module):
         self.local_bottleneck = Bottleneck(2048, 512)
         self.drop = DROPS[drop]()
         self.local_reduction = feature_reduction(2048, 1024)
+        if "network" in state:
+            trained = state["network"].items()
+            self.load_state_dict({k: x for k, x in trained if "_classifier." not in k})
         self.global_classifier = nn.Linear(512, num_classes)
         self.local_classifier = nn.Linear(1024, num_classes)
         for classifier in (self.global_classifier, self.local_classifier):
@@ -252,25 +257,25 @@ def feature_reduction(channels: int, reduced: int) -> nn.Sequential:
     )
 
 
-def dilated_resnet50(weights: str | dict[str, Tensor] | None = None) -> ResNet:
+def initial_weights(weights: str | dict | None) -> dict:
+    """The state dict that `weights` of SONANet means, {} for None."""
+    if weights == "imagenet":  # not in the paper: which ImageNet weights; V1 are of its time
+        return ResNet50_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
+    if weights is None or isinstance(weights, dict):
+        return weights or {}
+    return torch.load(weights, map_location="cpu", weights_only=True)
+
+
+def dilated_resnet50(state: dict) -> ResNet:
     """ResNet-50 whose stages 3 and 4 keep stage 2's stride-8 map by dilation (Sec. 2.1).
 
-    weights as in SONANet. Not in the paper: the dilation, 2 in stage 3 and 4 in stage 4 (half that
-    in each stage's first block).
+    Not in the paper: the dilation, 2 in stage 3 and 4 in stage 4 (half that in each stage's first
+    block); without weights, {}, residual branches start at zero.
     """
-    # Not in the paper: training without ImageNet weights; then residual branches start at zero.
     network = resnet50(
-        replace_stride_with_dilation=[False, True, True], zero_init_residual=weights is None
+        replace_stride_with_dilation=[False, True, True], zero_init_residual=not state
     )
     network.fc = nn.Identity()
-    if weights is None:
-        return network
-    if weights == "imagenet":  # not in the paper: which ImageNet weights; V1 are of its time
-        state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
-    elif isinstance(weights, dict):
-        state = weights
-    else:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
-    network.load_state_dict(state)
+    if state:
+        network.load_state_dict({k: x for k, x in state.items() if not k.startswith("fc.")})
     return network

@@ -2,8 +2,9 @@
 # Copyright (c) 2026 the authors of SONA-Net in plain PyTorch
 """The paper's equations and this repository's guarantees, as tests: `pytest test_model.py`.
 
-Part one is the paper, in the order of the files: the network, the losses, the data, the schedule, the ranking.
-Part two is a run: in one process or several, killed and resumed, evaluated, drawn, told what is wrong.
+Part one is the paper, in the order of the files: the network, the losses, the data, the schedule
+and the training step, the ranking. Part two is a run: in one process or several, killed and
+resumed, evaluated, drawn, told what is wrong.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import re
 import runpy
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -28,7 +30,8 @@ from itertools import product
 from pathlib import Path
 from unittest import mock
 
-# Promises to the bit are a CPU's; some builds of OpenBLAS hang in a fork of a process in which they had threads.
+# Bit-exact promises hold on a CPU only. Some builds of OpenBLAS hang when a process with running
+# threads forks.
 os.environ.update(CUDA_VISIBLE_DEVICES="", OPENBLAS_NUM_THREADS="1")
 
 import numpy as np
@@ -66,7 +69,7 @@ from model import DROPS, PLACEMENTS, SONA, BatchDropBlock, DropBlockPlus, SONANe
 from train import Passes, learning_rate
 
 HERE = Path(__file__).parent
-torch.set_num_threads(1)  # sums of other numbers of threads round otherwise
+torch.set_num_threads(1)  # another number of threads rounds sums differently
 forks = pytest.mark.skipif(
     sys.platform != "linux", reason="forks this process, which is safe on Linux alone"
 )
@@ -83,7 +86,7 @@ def seed():
 # ---------- SONA (Sec. 2.2) -----------------------------------------------------------------------
 @pytest.fixture
 def sona():
-    """A SONA block with no parameter left at its initial value."""
+    """A SONA block whose parameters are all random."""
     sona = SONA(16)
     for parameter in sona.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -104,7 +107,7 @@ def sona_by_the_paper(sona, x):
     return x + sona.p(z.transpose(1, 2).reshape(len(x), -1, *x.shape[2:]))
 
 
-def test_sona_its_gradients_and_its_attention_are_those_of_equations_1_to_3(sona):
+def test_sona_matches_equations_1_to_3(sona):
     x = 3 * torch.randn(2, 16, 6, 4, dtype=torch.float64, requires_grad=True)
     papers, inputs, weights = (
         sona_by_the_paper(sona, x),
@@ -116,17 +119,27 @@ def test_sona_its_gradients_and_its_attention_are_those_of_equations_1_to_3(sona
         torch.testing.assert_close(ours, papers)
         torch.testing.assert_close(torch.autograd.grad((ours * weights).sum(), inputs), gradients)
     assert (papers - x).abs().max() > 0.1
+
+
+def test_attention_is_the_softmax_of_equation_2(sona):
+    x = 3 * torch.randn(2, 16, 6, 4, dtype=torch.float64)
     torch.testing.assert_close(sona.attention(x), attention_by_the_paper(sona, x))
     torch.testing.assert_close(sona.attention(x).sum(2), torch.ones(2, 24, dtype=torch.float64))
 
 
-def test_sona_has_the_papers_layers_and_starts_as_the_identity():
-    sona, x = SONA(32, reduction=4), torch.randn(2, 32, 6, 4)
+def test_sona_has_the_papers_layers():
+    sona = SONA(32, reduction=4)
     convolution, norm, activation = sona.theta
     assert convolution.weight.shape == sona.g.weight.shape == (8, 32, 1, 1)
     assert sona.p.weight.shape == (32, 8, 1, 1)
-    assert isinstance(norm, nn.BatchNorm2d) and isinstance(activation, nn.LeakyReLU)
-    assert torch.equal(sona(x), x)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(activation, nn.LeakyReLU)
+    assert activation.negative_slope == 0.01
+
+
+def test_sona_starts_as_the_identity():
+    x = torch.randn(2, 32, 6, 4)
+    assert torch.equal(SONA(32)(x), x)
 
 
 def test_sona_never_holds_the_attention_matrix():
@@ -145,7 +158,7 @@ def test_sona_never_holds_the_attention_matrix():
 
 
 # ---------- Drop layers (Sec. 2.1, 3.4) -----------------------------------------------------------
-def test_dropblock_plus_drops_blocks_of_its_size_and_rescales_the_rest():
+def test_dropblock_plus_drops_blocks_and_rescales_the_rest():
     x = torch.ones(2000, 3, 48, 16)
     y = DropBlockPlus()(x)
     assert torch.equal(DropBlockPlus().eval()(x), x)
@@ -175,7 +188,7 @@ def test_dropblock_plus_cuts_its_block_to_a_smaller_map():
     assert ((y == 0).all(3) == (y == 0).any(3)).all()  # whole rows of 4, as 8 do not fit
 
 
-def test_batch_drop_block_drops_one_rectangle_of_the_whole_batch():
+def test_batch_drop_block_drops_one_rectangle():
     starts = set()
     for _ in range(50):
         y = BatchDropBlock(height_ratio=1 / 3, width_ratio=0.5)(torch.ones(3, 2, 48, 16))
@@ -212,7 +225,7 @@ def seen(network, images, *names):
 
 
 @pytest.mark.parametrize("sona", SONAS)
-def test_every_placement_of_sona_has_its_shapes_parameters_and_place(sona):
+def test_placements_of_sona(sona):
     network, images = SONANet(10, sona), torch.randn(2, 3, 64, 32)
     outputs = network(images)
     shapes = {branch: [tuple(tensor.shape) for tensor in pair] for branch, pair in outputs.items()}
@@ -248,7 +261,7 @@ def test_every_placement_of_sona_has_its_shapes_parameters_and_place(sona):
         assert torch.equal(x, y) == (stage not in sona.split("+"))
 
 
-def test_the_global_branch_averages_and_the_local_branch_takes_the_maximum():
+def test_branches_average_and_take_the_maximum():
     network, names = (
         SONANet(10, "4-both").eval(),
         ("global_sona", "global_reduction", "drop", "local_reduction"),
@@ -270,7 +283,7 @@ def test_the_global_branch_averages_and_the_local_branch_takes_the_maximum():
     ]  # stride 8
 
 
-def test_drop_layers_act_on_the_local_branch_in_training_only():
+def test_drop_layers_act_in_training_only():
     images, dropblock = torch.randn(2, 3, 64, 32), ("drop_rate", "block_height", "block_width")
     for drop, kind, names, numbers in (
         ("none", nn.Identity, (), ()),
@@ -287,19 +300,38 @@ def test_drop_layers_act_on_the_local_branch_in_training_only():
             assert torch.equal(x, y) == (drop == "none" or not training)
 
 
-def test_new_layers_start_undecided_residual_branches_at_zero_and_unknown_variants_not_at_all():
+def test_stages_3_and_4_are_dilated():
+    network = SONANet(10)
+    for stage, dilations in ((network.stage3, [1] + 5 * [2]), (network.stage4, [2, 4, 4])):
+        assert [block.conv2.dilation[0] for block in stage] == dilations
+        assert {block.conv2.stride for block in stage} == {(1, 1)}
+    assert network.local_bottleneck.conv2.dilation == (1, 1)
+    assert network.local_bottleneck.conv2.stride == (1, 1)
+
+
+def test_classifiers_start_undecided():
     network = SONANet(767)
     for _, logits in network(torch.randn(4, 3, 64, 32)).values():
         assert abs(F.cross_entropy(logits, torch.arange(4)) - math.log(767)) < 0.05
-    assert all(block.bn3.weight.abs().max() == 0 for block in network.stage3)
-    for variant in ({"sona": "mine"}, {"drop": "mine"}):
-        with pytest.raises(KeyError, match="mine"):
-            SONANet(10, **variant)
+    for classifier in (network.global_classifier, network.local_classifier):
+        assert classifier.weight.std().item() == pytest.approx(0.001, rel=0.02)
+        assert not classifier.bias.any()
 
 
-def test_weights_are_of_a_file_or_torchvisions_first(tmp_path, monkeypatch):
+def test_residual_branches_start_at_zero_without_weights():
+    assert all(block.bn3.weight.abs().max() == 0 for block in SONANet(10).stage3)
+
+
+@pytest.mark.parametrize("variant", [{"sona": "mine"}, {"drop": "mine"}])
+def test_unknown_variants_are_refused(variant):
+    with pytest.raises(KeyError, match="mine"):
+        SONANet(10, **variant)
+
+
+def test_imagenet_weights_and_files(tmp_path, monkeypatch):
     torch.manual_seed(1)
-    state, asked = resnet50().state_dict(), []
+    state = resnet50().state_dict()
+    asked = []
     torch.save(state, tmp_path / "resnet50.pth")
     torch.save(
         {name: x for name, x in state.items() if not name.startswith("fc.")},
@@ -324,21 +356,42 @@ def test_weights_are_of_a_file_or_torchvisions_first(tmp_path, monkeypatch):
     assert asked == [("IMAGENET1K_V1", {"check_hash": True, "weights_only": True})]
 
 
+def test_fine_tuning_takes_a_run_without_its_classifiers(tmp_path):
+    trained = SONANet(5, "3")
+    nn.init.normal_(trained.stage3_sona.p.weight)
+    torch.save({"network": trained.state_dict(), "settings": {}}, tmp_path / "last.pt")
+    ours = SONANet(7, "3", weights=str(tmp_path / "last.pt"))
+    assert len(ours.global_classifier.weight) == 7
+    for name, tensor in trained.state_dict().items():
+        assert "classifier" in name or torch.equal(ours.state_dict()[name], tensor)
+    with pytest.raises(RuntimeError, match="Missing.*stage2_sona"):
+        SONANet(7, "2", weights=str(tmp_path / "last.pt"))
+
+
 def test_weights_and_checkpoints_are_not_executed(tmp_path):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
 
-    torch.save({"conv1.weight": Evil()}, tmp_path / "last.pt")
-    resume = partial(launch, train, "--output", tmp_path, "--resume")
+    file = tmp_path / "last.pt"
+    torch.save({"conv1.weight": Evil()}, file)
     for load in (
-        lambda: SONANet(10, weights=str(tmp_path / "last.pt")),
+        lambda: SONANet(10, weights=str(file)),
         lambda: evaluate.load_run(tmp_path),
-        resume,
+        lambda: launch(train, "--output", tmp_path, "--resume"),
     ):
-        with pytest.raises(pickle.UnpicklingError, match="(?i)weights.only"):
+        with pytest.raises((DataError, pickle.UnpicklingError)):
             load()
     assert not (tmp_path / "executed").exists()
+
+
+def test_activations_follow_the_layout_of_the_parameters():
+    images = normalize(torch.zeros(2, 3, 64, 32, dtype=torch.uint8))
+    for layout in (torch.channels_last, torch.contiguous_format):
+        network = SONANet(4).to(memory_format=layout)
+        ((_, x), (_, y)) = seen(network, images, "stage1", "local_bottleneck")
+        assert x.is_contiguous(memory_format=layout)
+        assert y.is_contiguous(memory_format=layout)
 
 
 # ---------- Losses (Sec. 2.1) ---------------------------------------------------------------------
@@ -357,7 +410,7 @@ def triplet_by_brute_force(embeddings, labels, margin):
 
 
 @pytest.mark.parametrize("margin", [None, 0.3, 2.0])
-def test_triplet_loss_and_its_gradient_are_those_of_brute_force(margin):
+def test_triplet_loss_matches_brute_force(margin):
     labels = torch.tensor([0, 1, 2, 3] * 3)
     apart = torch.tensor([0, 0, 9, 18])[
         labels, None
@@ -390,15 +443,27 @@ def test_triplet_loss_without_distances_positives_or_negatives():
         batch_hard_triplet_loss(torch.ones(4, 5), alone)
 
 
-def test_triplet_loss_does_not_cancel_far_from_the_origin_and_is_float32_inside_autocast():
-    near, labels = torch.randint(-8, 8, (12, 5)) / 4, torch.tensor([0, 1, 2, 3] * 3)
+def quarters(*shape):
+    """Multiples of 1/4, which bfloat16 and float32 hold exactly."""
+    return torch.randint(-8, 8, shape) / 4
+
+
+def test_triplet_loss_is_exact_far_from_the_origin():
+    labels = torch.tensor([0, 1, 2, 3] * 3)
+    near = quarters(12, 5)
     expected = batch_hard_triplet_loss(near, labels)
     torch.testing.assert_close(batch_hard_triplet_loss(near + 4096, labels), expected)
+
+
+def test_triplet_loss_is_in_float32_inside_autocast():
+    labels = torch.tensor([0, 1, 2, 3] * 3)
+    embeddings = quarters(12, 5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(batch_hard_triplet_loss(near.bfloat16(), labels), expected)
+        loss = batch_hard_triplet_loss(embeddings.bfloat16(), labels)
+    assert torch.equal(loss, batch_hard_triplet_loss(embeddings, labels))
 
 
-def test_the_loss_is_the_sum_of_both_losses_of_both_branches():
+def test_the_loss_is_the_sum_of_four():
     labels = torch.tensor([0, 1, 2] * 2)
     outputs = {
         branch: (torch.randn(6, d), torch.randn(6, 3))
@@ -466,9 +531,7 @@ LAYOUTS = [(name, layout) for name, layouts in LAYOUTS.items() for layout in lay
 
 
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
-def test_a_set_is_found_wherever_people_have_it_and_none_for_another(
-    tmp_path, monkeypatch, name, layout
-):
+def test_a_set_is_found_where_people_have_it(tmp_path, monkeypatch, name, layout):
     folder = tmp_path / layout
     for split in FOLDERS.values():
         touch(folder / split)
@@ -486,7 +549,7 @@ def test_a_set_is_found_wherever_people_have_it_and_none_for_another(
                 data.find_folder(other, data_dir)
 
 
-def test_what_is_not_the_set_is_not_taken_and_it_is_said_what_was_looked_for(tmp_path):
+def test_what_is_not_the_set_is_not_taken(tmp_path):
     for i, (name, layout, data_dir) in enumerate((
         ("market1501", "market1501/dukemtmc-reid", "market1501"),  # data_dir is named like the set that is asked for
         ("cuhk03", "cuhk03-labeled/detected", "."),
@@ -511,7 +574,7 @@ def test_what_is_not_the_set_is_not_taken_and_it_is_said_what_was_looked_for(tmp
         assert ("cuhk-03.mat is the raw release" in str(error.value)) == name.startswith("cuhk03")
 
 
-def test_file_names_say_identity_and_camera_and_one_that_does_not_parse_is_named(tmp_path):
+def test_file_names_say_identity_and_camera(tmp_path):
     names = {
         "0002_c1s1_000451_03.jpg": (2, 1),  # Market-1501
         "0000_c6s4_002202_01.jpg": (0, 6),  # a distractor stays
@@ -530,19 +593,59 @@ def test_file_names_say_identity_and_camera_and_one_that_does_not_parse_is_named
     }
     assert found == {name: who for name, who in names.items() if who}
     assert split.labels.tolist() == np.searchsorted([0, 2, 3, 5, 1467], split.ids).tolist()
-    for name in (
-        "person.jpg",
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "me.jpg",
         "0001.jpg",
         "0001_1.jpg",
         "_c1s1_0.jpg",
         "-2_c1_0.jpg",
         "0001_c1x.png",
-    ):
-        with pytest.raises(DataError, match=f"{name}: the name must be <identity>_c<camera>_"):
-            data.read_split(touch(tmp_path / name, name))
+        f"{2**64}_c1.jpg",
+    ],
+)
+def test_a_name_that_does_not_parse_is_named(tmp_path, name):
+    with pytest.raises(DataError, match=f"{name}': the name must be <identity>_c<camera>_"):
+        data.read_split(touch(tmp_path, name))
 
 
-def test_identity_0_is_a_person_but_in_a_gallery_that_is_not_searched_for_it(tmp_path):
+def whole_set(*folders):
+    for folder in folders:
+        for split in FOLDERS.values():
+            touch(folder / split)
+
+
+def test_the_set_of_the_exact_name_is_taken_or_none_of_several(tmp_path):
+    whole_set(tmp_path / "Market-1501-GAN", tmp_path / "Market-1501-old")
+    with pytest.raises(DataError, match="found '.*GAN' and '.*old'; choose one by --data-dir"):
+        data.find_folder("market1501", tmp_path)
+    whole_set(tmp_path / "Market-1501")
+    assert data.find_folder("market1501", tmp_path) == tmp_path / "Market-1501"
+
+
+def test_the_sets_that_are_there_are_named(tmp_path):
+    whole_set(tmp_path / "cuhk03-np/detected")
+    with pytest.raises(DataError, match="cuhk03: .*; there is --dataset cuhk03-detected$"):
+        data.find_folder("cuhk03", tmp_path)
+
+
+def test_words_of_a_set_match_in_any_case_and_punctuation(tmp_path):
+    whole_set(tmp_path / "my_MALL v2")
+    with mock.patch.dict(DATASETS, {"my": data.Source("My-Mall")}):
+        assert data.find_folder("my", tmp_path) == tmp_path / "my_MALL v2"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may enter")
+def test_a_folder_that_may_not_be_entered_is_passed_over(tmp_path):
+    whole_set(tmp_path / "market1501")
+    touch(tmp_path / "closed").chmod(0)
+    assert data.find_folder("market1501", tmp_path) == tmp_path / "market1501"
+
+
+def test_identity_0_is_a_distractor_in_a_gallery(tmp_path):
     touch(tmp_path / "market1501/bounding_box_train", "0000_c1s1_1.jpg", "0001_c1s1_1.jpg")
     touch(
         tmp_path / "market1501/bounding_box_test",
@@ -569,22 +672,77 @@ def test_images_of_any_mode_load_as_rgb(tmp_path):
         assert np.abs(loaded - np.asarray(expected)).mean() < (40 if mode == "P" else 12), (
             name
         )  # 256 colours
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a phone's photo lies on its side, to be turned clockwise
+
+
+def test_transparent_pixels_are_white(tmp_path):
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    pixels[:2, :, 0] = pixels[:2, :, 3] = 255  # red and opaque above, hidden black below
+    for name in ("RGBA.png", "RGBA.webp"):
+        Image.fromarray(pixels).save(tmp_path / name, lossless=True)
+        image = data.read_image(tmp_path / name)
+        assert image[:, 0, 0].tolist() == [255, 0, 0]
+        assert image[:, 3, 3].tolist() == [255, 255, 255]
+
+
+def exif_of(*tags):
+    """EXIF with (tag, type, count, value or offset) entries and the rational number 1/2."""
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    header = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags))
+    return header + entries + struct.pack("<III", 0, 1, 2)
+
+
+@pytest.mark.parametrize("description", [[], [(0x010E, 5, 1, 38)]])  # one Pillow cannot write
+def test_a_photo_that_lies_on_its_side_is_turned(tmp_path, description):
+    exif = exif_of(*description, (0x0112, 3, 1, 6))
     Image.fromarray(np.uint8([[0] * 8 + [255] * 8] * 8)).save(tmp_path / "phone.jpg", exif=exif)
     image = data.read_image(tmp_path / "phone.jpg")
-    assert image.shape == (3, 16, 8) and (image[:, :7] < 50).all() and (image[:, 9:] > 200).all()
+    assert image.shape == (3, 16, 8)
+    assert (image[:, :7] < 50).all()
+    assert (image[:, 9:] > 200).all()
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):
     data.draw_pedestrian(1, 1, 1).save(tmp_path / "whole.jpg")
     (tmp_path / "torn.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
-    (touch(tmp_path, "empty.bmp") / "text.png").write_text("not an image")
-    for name in ("torn.jpg", "text.png", "empty.bmp", "missing.jpg"):
-        with pytest.raises(
-            DataError, match=f"^cannot read the image {tmp_path / name}: .*; replace or remove it$"
-        ):
-            ImageDataset([str(tmp_path / name)], [0], 64, 32)[0]
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "script.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    touch(tmp_path, "empty.bmp")
+    touch(tmp_path / "folder.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    names = (
+        "torn.jpg",
+        "text.png",
+        "script.jpg",
+        "empty.bmp",
+        "folder.jpg",
+        "pipe.jpg",
+        "no\n.jpg",
+    )
+    for name in names:
+        path = str(tmp_path / name)
+        message = f"^cannot read the image {re.escape(repr(path))}: .*; replace or remove it$"
+        with pytest.raises(DataError, match=message):
+            ImageDataset([path], [0], 64, 32)[0]
+
+
+def test_images_are_resized_as_pillow_does(tmp_path):
+    picture = data.draw_pedestrian(1, 1, 1)
+    picture.save(tmp_path / "a.png")
+    for height, width in ((96, 48), (384, 128)):
+        image, _ = ImageDataset([str(tmp_path / "a.png")], [0], height, width)[0]
+        expected = picture.resize((width, height), Image.Resampling.BILINEAR)
+        difference = image.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)
+        assert np.abs(difference).max() <= 2
+
+
+def test_normalisation_refuses_what_is_not_uint8_and_leaves_its_input():
+    images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    before = images.clone()
+    normalize(images)
+    augment(images)
+    assert torch.equal(images, before)
+    with pytest.raises(TypeError, match="uint8, 0 to 255, not torch.float32"):
+        normalize(images / 255)
 
 
 def test_images_are_resized_and_normalised(tmp_path):
@@ -651,7 +809,7 @@ def test_sampler_takes_each_identity_once_an_epoch():
     assert len(set(people)) == 9
 
 
-def test_sampler_is_a_function_of_seed_and_epoch_and_processes_share_its_batches():
+def test_sampler_depends_on_seed_and_epoch_and_is_shared():
     def batches(seed, epoch, **share):
         sampler = IdentitySampler(LABELS, 4, 2, seed=seed, **share)
         sampler.set_epoch(epoch)
@@ -670,7 +828,7 @@ def test_sampler_is_a_function_of_seed_and_epoch_and_processes_share_its_batches
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
-    """A folder with the toy and a small market1501, of 2 cameras x 2 images a person; the same as cuhk03."""
+    """A folder with the toy, a small market1501 of 2 cameras x 2 images, and the same as cuhk03."""
     folder = tmp_path_factory.mktemp("datasets")
     for split, people, images in (
         ("train", range(1, 5), 2),
@@ -703,27 +861,28 @@ def test_the_toy_is_drawn_whole_and_the_same_each_time(datasets, tmp_path):
 
 
 # ---------- The schedule and the training step (Sec. 3.2) -----------------------------------------
-def test_the_learning_rate_is_the_papers_in_every_epoch_and_other_numbers_of_epochs_run_the_same_course():
+def test_the_learning_rate_is_the_papers():
     warm_up = [1e-4 * step for step in range(1, 11) for _ in range(5)]
     papers = warm_up + 150 * [1e-3] + 100 * [1e-4] + 100 * [1e-5]
     assert [learning_rate(epoch) for epoch in range(400)] == pytest.approx(papers, rel=1e-12)
-    papers = [0.1, 0.3, 0.5, 0.7, 0.9] + 15 * [1] + 10 * [0.1] + 10 * [0.01]
-    assert [learning_rate(epoch, 40, 2) for epoch in range(40)] == pytest.approx(
-        [2 * rate for rate in papers]
-    )
-    assert [learning_rate(epoch, 800) for epoch in range(0, 800, 2)] == [
-        learning_rate(e) for e in range(400)
-    ]
+
+
+def test_other_numbers_of_epochs_scale_the_schedule():
+    scaled = [0.1, 0.3, 0.5, 0.7, 0.9] + 15 * [1] + 10 * [0.1] + 10 * [0.01]
+    rates = [learning_rate(epoch, 40, 2) for epoch in range(40)]
+    assert rates == pytest.approx([2 * rate for rate in scaled])
+    papers = [learning_rate(epoch) for epoch in range(400)]
+    assert [learning_rate(epoch, 800) for epoch in range(0, 800, 2)] == papers
     assert learning_rate(0, 1) == pytest.approx(1e-4)
 
 
-def test_a_pass_is_random_by_seed_epoch_step_and_its_number():
+def test_a_pass_has_its_own_random_numbers():
     network = nn.Sequential()  # returns the images as they come out of augmentation
     network.forward = lambda images: {"global": (images, torch.rand(1))}
     images = torch.randint(256, (8, 3, 24, 8), dtype=torch.uint8)
 
-    def augmented(*moment, images=images, rank=0):
-        return Passes(network, 2, rank)(images, moment)["global"]
+    def augmented(*rng_key, images=images, rank=0):
+        return Passes(network, 2, rank)(images, rng_key)["global"]
 
     first = augmented(1, 2, 3)
     torch.rand(5)
@@ -738,7 +897,7 @@ def test_a_pass_is_random_by_seed_epoch_step_and_its_number():
         Passes(network, 3)(images, (1, 2, 3))
 
 
-def test_passes_are_normalised_apart_and_the_first_one_is_remembered():
+def test_batch_norm_treats_passes_apart():
     network, alone = SONANet(4, drop="none"), SONANet(4, drop="none")
     images = torch.randint(256, (8, 3, 32, 16), dtype=torch.uint8)
     alone.load_state_dict(network.state_dict())
@@ -773,8 +932,8 @@ def test_recomputed_gradients_are_the_same_bit_for_bit(precision):
 @pytest.mark.parametrize(
     ("sona", "drop"), [("2+3", "dropblock+"), ("4-both", "bfe"), ("none", "none")]
 )
-def test_a_step_on_a_gpu_waits_for_no_value(sona, drop):
-    """Shapes and devices alone: fails where a tensor lies on the wrong device, or a value would have to be known."""
+def test_a_step_on_a_gpu_never_synchronises(sona, drop):
+    """On tensors without data: fails if one is on the wrong device, or Python needs a value."""
     with FakeTensorMode():
         try:
             torch.zeros(1, device="cuda").uniform_()
@@ -788,22 +947,37 @@ def test_a_step_on_a_gpu_waits_for_no_value(sona, drop):
         labels = torch.zeros(8, dtype=torch.int64, device="cuda")
         with mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False):
             outputs = Passes(network, 4, precision="fp16")(images, (0, 0, 0))
-        loss, parts = branch_losses(outputs, labels)
+            loss, parts = branch_losses(outputs, labels)
+            with torch.autocast("cuda", torch.float16):
+                embeddings = network.eval()(normalize(images))
         assert {part.device.type for part in (loss, *parts.values())} == {"cuda"}
+        assert (embeddings.device.type, embeddings.dtype) == ("cuda", torch.float16)
 
 
-def test_the_precision_is_what_the_device_is_fast_in(monkeypatch):
-    for capability, precision in {
-        (9, 0): "fp16",
-        (8, 0): "fp16",
-        (7, 0): "fp16",
-        (6, 1): "float32",
-    }.items():
-        monkeypatch.setattr(
-            torch.cuda, "get_device_capability", lambda _, capability=capability: capability
-        )
-        assert train.default_precision(torch.device("cuda")) == precision
+CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "layout_of_float32"),
+    [
+        ((9, 0), "fp16", CHANNELS_LAST),
+        ((8, 0), "fp16", CHANNELS_LAST),
+        ((7, 5), "fp16", CONTIGUOUS),
+        ((7, 0), "fp16", CONTIGUOUS),
+        ((6, 1), "float32", CONTIGUOUS),
+    ],
+)
+def test_precision_and_layout_of_a_gpu(monkeypatch, capability, precision, layout_of_float32):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert train.default_precision(gpu) == precision
+    assert evaluate.memory_format(gpu, "float32") == layout_of_float32
+    assert evaluate.memory_format(gpu, "fp16") == CHANNELS_LAST
+
+
+def test_precision_and_layout_of_a_cpu():
     assert train.default_precision(torch.device("cpu")) == "float32"
+    assert evaluate.memory_format(torch.device("cpu"), "float32") == CHANNELS_LAST
 
 
 # ---------- Ranking (Sec. 3.3) --------------------------------------------------------------------
@@ -825,7 +999,8 @@ def rank_by_brute_force(
 
 
 def random_ranking(queries, gallery, ids, dimensions=6, levels=4):
-    """Features of few levels, so that many distances are equal; some junk (-1), distractors (0), unmatched queries."""
+    """Quantised features, so that many distances tie; with junk (-1), distractors (0) and unmatched
+    queries."""
     rng = np.random.default_rng(0)
     features = [
         rng.integers(0, levels, (n, dimensions)).astype(np.float32) for n in (queries, gallery)
@@ -834,7 +1009,7 @@ def random_ranking(queries, gallery, ids, dimensions=6, levels=4):
     return [*features, *people, *(rng.integers(1, 4, n) for n in (queries, gallery))]
 
 
-def test_ranking_is_that_of_brute_force_with_junk_distractors_ties_and_unmatched_queries():
+def test_ranking_matches_brute_force():
     arguments = random_ranking(queries=60, gallery=300, ids=15)
     arguments[2][:2] = -1, 0  # a query of junk has no match, one of identity 0 has
     ranking = evaluate_ranking(*arguments)
@@ -864,22 +1039,63 @@ def test_ranking_in_several_slabs_is_the_same_ranking():
     np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
-def test_ranking_refuses_what_it_cannot_rank():
-    def refused(match, **changed):
-        good = dict(
-            zip(
-                inspect.signature(evaluate_ranking).parameters,
-                random_ranking(4, 20, 5),
-                strict=False,
-            )
-        )
-        with pytest.raises(ValueError, match=match):
-            evaluate_ranking(**good | changed)
+@pytest.mark.parametrize(("middle", "spread"), [(1000, 1.8), (3000, 1.8), (0.3, 1e-5)])
+def test_ranking_is_exact_far_from_the_origin(middle, spread):
+    rng = np.random.default_rng(0)
+    people = [rng.integers(0, 40, n) for n in (100, 400)]
+    faces = rng.normal(size=(40, 64))
+    features = [middle + spread * (faces[ids] + rng.normal(size=(len(ids), 64))) for ids in people]
+    features = [x.astype(np.float32) for x in features]
+    features[1][0] = 0  # one image that failed
+    cams = np.zeros(100, int), np.ones(400, int)
+    ranking = evaluate_ranking(*features, *people, *cams)
+    _, aps = rank_by_brute_force(*features, *people, *cams)
+    assert ranking.mean_ap == pytest.approx(aps.mean(), abs=1e-4)
 
-    refused("no query has a true match", query_ids=np.full(4, 99))
-    refused("nan, inf or numbers too large", query_features=np.full((4, 6), np.nan))
-    refused("nan, inf or numbers too large", gallery_features=np.full((20, 6), np.inf))
-    refused(r"shapes .*\(7,\).* for \(4, 20\) features", gallery_ids=np.ones(7))
+
+def test_ranking_takes_lists_and_tensors():
+    arguments = random_ranking(20, 60, 5)
+    expected = evaluate_ranking(*arguments).average_precisions
+    for kind in (np.ndarray.tolist, torch.from_numpy):
+        aps = evaluate_ranking(*map(kind, arguments)).average_precisions
+        np.testing.assert_array_equal(aps, expected)
+
+
+def test_metrics_need_ten_ranks():
+    ranking = evaluate_ranking(*random_ranking(20, 60, 5), max_rank=5)
+    with pytest.raises(ValueError, match="max_rank of 10 or more, not 5"):
+        ranking.metrics()
+
+
+ZEROS = np.zeros(20, int)
+REFUSED = {  # what is changed, and what is said
+    "no match": ("no query has a true match", dict(query_ids=np.full(4, 99))),
+    "nan": ("nan, inf or numbers too large", dict(query_features=np.full((4, 6), np.nan))),
+    "inf": ("nan, inf or numbers too large", dict(gallery_features=np.full((20, 6), np.inf))),
+    "length": (r"have the shapes .*\(7,\)", dict(gallery_ids=ZEROS[:7])),
+    "column": (r"have the shapes .*\(20, 1\)", dict(gallery_ids=ZEROS[:, None])),
+    "row": (r"have the shapes .*\(1, 20\)", dict(gallery_cams=ZEROS[None])),
+    "no query": (
+        r"have the shapes \[\(0, 6\)",
+        dict(query_features=np.zeros((0, 6)), query_ids=ZEROS[:0], query_cams=ZEROS[:0]),
+    ),
+    "no gallery": (
+        r"have the shapes .*\(0, 6\)",
+        dict(gallery_features=np.zeros((0, 6)), gallery_ids=ZEROS[:0], gallery_cams=ZEROS[:0]),
+    ),
+    "floats": ("must be integers", dict(gallery_ids=ZEROS + 0.5)),
+    "too large": ("must be integers", dict(gallery_ids=[2**63 + i for i in range(20)])),
+    "strings": ("must be integers", dict(gallery_ids=["-1"] * 20)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_ranking_refuses_what_it_cannot_rank(case):
+    message, changed = REFUSED[case]
+    names = list(inspect.signature(evaluate_ranking).parameters)[:6]
+    good = dict(zip(names, random_ranking(4, 20, 5), strict=True))
+    with pytest.raises(ValueError, match=message):
+        evaluate_ranking(**good | changed)
 
 
 def test_features_average_the_image_and_its_mirror_image(tmp_path):
@@ -896,41 +1112,62 @@ def test_features_average_the_image_and_its_mirror_image(tmp_path):
     assert not torch.allclose(*apart, rtol=1e-3)
 
 
-def test_a_querys_nearest_images_are_not_of_its_own_camera():
+def test_features_of_half_precision_are_float32(tmp_path, monkeypatch):
+    path = str(tmp_path / "a.png")
+    data.draw_pedestrian(1, 1, 0).save(path)
+    network = Tiny(4)
+    full = extract_features(network, [path], 64, 32)
+    seen_dtypes = set()
+    network.trunk[0].register_forward_hook(lambda *arguments: seen_dtypes.add(arguments[2].dtype))
+    monkeypatch.setattr(evaluate, "default_precision", lambda device: "fp16")
+    half = extract_features(network, [path], 64, 32)
+    assert seen_dtypes == {torch.float16}
+    assert half.dtype == np.float32
+    np.testing.assert_allclose(half, full, rtol=0.01, atol=0.01)
+    assert (half != full).any()
+
+
+def test_nearest_images():
     gallery = np.array([[0, 2], [0, 1], [0, 0], [0, 3]])
     assert evaluate.nearest(np.zeros(2), gallery) == [(2, 0), (1, 1), (0, 2), (3, 3)]
     skip = np.array([False, False, True, False])
     assert evaluate.nearest(np.zeros(2), gallery, skip) == [(1, 1), (0, 2), (3, 3)]
 
 
-def test_curves_are_of_all_runs_and_compare_their_average_losses(tmp_path, capsys, monkeypatch):
-    for name, values in (("bl", [4, 2]), ("sona", [4, 2.03]), ("one", [3])):
-        records = [{"epoch": epoch, "loss": loss} for epoch, loss in enumerate(values)]
-        records[-1]["mean_ap"] = 0.5
-        touch(tmp_path / name)
-        (tmp_path / name / "log.jsonl").write_text(
-            "".join(json.dumps(record) + "\n" for record in records)
-        )
-    launch(evaluate, tmp_path / "bl", tmp_path / "sona", "--curves", tmp_path / "curves.png")
-    averages = f"   3.0000   +0.00%  {tmp_path / 'bl'}\n   3.0150   +0.50%  {tmp_path / 'sona'}\n"
-    assert averages in capsys.readouterr().out
-    assert Image.open(tmp_path / "curves.png").size == (840, 370)
+def write_log(folder, losses, mean_ap):
+    records = [{"epoch": epoch, "loss": loss} for epoch, loss in enumerate(losses)]
+    records[-1]["mean_ap"] = mean_ap
+    lines = [json.dumps(record) + "\n" for record in records]
+    (touch(folder) / "log.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_curves_compare_average_losses(tmp_path, capsys):
+    bl = write_log(tmp_path / "bl", [4, 2], 0.5)
+    sona = write_log(tmp_path / "sona", [4, 2.03], 0.5)
+    launch(evaluate, bl, sona, "--curves", tmp_path / "curves.png")
+    printed = capsys.readouterr().out
+    assert f"   3.0000   +0.00%  {bl}\n   3.0150   +0.50%  {sona}\n" in printed
+    assert f"wrote {tmp_path / 'curves.png'}\n" in printed
+    assert Image.open(tmp_path / "curves.png").size == (840, 360)
+
+
+def test_curves_have_round_ticks(tmp_path, monkeypatch):
+    run = write_log(tmp_path / "run", [9] * 30, 0.97)
     written = []  # (which chart, which axis, text)
 
-    def text(_, at, text, *a, anchor=None, **k):
+    def text(_, at, text, *arguments, anchor=None, **options):
         written.append((at[0] > 440, anchor, text))
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
-    launch(evaluate, tmp_path / "one", "--curves", tmp_path / "curves.png")
-    assert {(False, "mt", "0"), (True, "mt", "0"), (False, "rm", "3"), (True, "rm", "50")} <= set(
-        written
-    )
-    assert len(set(written)) == len(written)  # no label twice
+    launch(evaluate, run, "--curves", tmp_path / "curves.png")
+    for mean_ap, axis, step in ((False, "mt", 10), (False, "rm", 2), (True, "rm", 20)):
+        assert {(mean_ap, axis, f"{n * step}") for n in range(6)} <= set(written)
 
 
 # ========== Part two: a run =======================================================================
 class Tiny(nn.Module):
-    """Stands in SONANet's place: the same interface, and steps of milliseconds."""
+    """A small stand-in for SONANet: the same interface, milliseconds a step."""
 
     def __init__(self, num_classes, sona="2", drop="dropblock+", weights=None):
         super().__init__()
@@ -956,8 +1193,9 @@ class Tiny(nn.Module):
 
 
 def launch(program, *arguments, processes=1, wait=True):
-    """train or evaluate with Tiny, in this process or in several as torchrun starts them; returns those not waited for.
-    What is patched here is so in the processes too, as they are forks.
+    """Run train or evaluate with Tiny, in this process or in several as torchrun would.
+
+    Returns the processes if wait is False. They are forks, so patches made here hold there, too.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -983,7 +1221,7 @@ def launch(program, *arguments, processes=1, wait=True):
 
 
 def python(*arguments, folder=HERE):
-    """What `python ...` prints as errors, and its exit status."""
+    """The standard error of `python ...`, and its exit status."""
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
         command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -1030,7 +1268,7 @@ def run(market, tmp_path_factory):
 
 @contextlib.contextmanager
 def cut_off_before(epoch):
-    """Training within has a checkpoint of each epoch, and ends before one."""
+    """In this context, training saves every epoch and is interrupted before `epoch`."""
 
     def rate(now, *rest):
         if now == epoch:
@@ -1058,7 +1296,7 @@ def checkpoint_of(output):
 
 
 def assert_same_run(output, other, rtol=0.0):
-    """The same log, weights and gradients, to the bit unless told."""
+    """Asserts the same log, weights and Adam moments, bit for bit unless rtol is given."""
     records, others = records_of(output), records_of(other)
     assert len(records) == len(others)
     for record, expected in zip(records, others, strict=True):
@@ -1123,9 +1361,7 @@ def test_one_process_two_and_four_are_the_same_run(market, tmp_path):
 
 
 @forks
-def test_evaluation_takes_the_first_processs_statistics_and_steps_leave_no_tensors(
-    market, tmp_path, monkeypatch
-):
+def test_processes_evaluate_alike_and_leave_no_tensors(market, tmp_path, monkeypatch):
     tensors = []
 
     def evaluated(network, *arguments, evaluate=train.evaluate):
@@ -1148,7 +1384,7 @@ def test_evaluation_takes_the_first_processs_statistics_and_steps_leave_no_tenso
 
 
 @forks
-def test_a_compiled_run_of_two_processes_is_the_run_without(monkeypatch, market, tmp_path):
+def test_a_compiled_run_of_two_processes_is_the_same_run(monkeypatch, market, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes in a fork
     monkeypatch.setattr(
         torch, "compile", partial(torch.compile, backend="aot_eager")
@@ -1169,15 +1405,25 @@ def test_a_compiled_run_of_two_processes_is_the_run_without(monkeypatch, market,
     assert compiled == pytest.approx(plain, rel=1e-4)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(market, tmp_path):
-    with pytest.raises(FloatingPointError, match="the loss of epoch [12] is (nan|inf); lower --lr"):
-        launch(train, *market, "--lr", 1e39, "--epochs", 9, "--eval-every", 0, "--output", tmp_path)
-    assert all(math.isfinite(record["loss"]) for record in records_of(tmp_path))
-    assert not (tmp_path / "last.pt").exists()
+def test_a_loss_that_is_not_finite_ends_the_run(market, tmp_path, monkeypatch):
+    def poisoned(*arguments):
+        loss, parts = branch_losses(*arguments)
+        return loss, parts | {"loss": parts["loss"] * math.nan}
+
+    monkeypatch.setattr(train, "branch_losses", poisoned)
+    with pytest.raises(FloatingPointError, match="the loss of epoch 0 is nan; lower --lr"):
+        launch(train, *market, "--epochs", 2, "--output", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(market, tmp_path):
+    with pytest.raises(FloatingPointError, match="epoch 0 left weights of nan or inf; lower --lr"):
+        launch(train, *market, "--lr", 1e39, "--epochs", 2, "--output", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("method", sorted({*mp.get_all_start_methods()} - {"fork"}))
-def test_training_with_workers_under_another_start_method(market, tmp_path, monkeypatch, method):
+def test_workers_of_another_start_method(market, tmp_path, monkeypatch, method):
     monkeypatch.setattr(
         train, "evaluate", lambda *_: evaluate.Ranking(np.ones(10), 1.0, np.ones(1))
     )
@@ -1191,7 +1437,7 @@ def test_training_with_workers_under_another_start_method(market, tmp_path, monk
     assert len(records_of(tmp_path)) == 1
 
 
-# ---------- Stopping and going on -----------------------------------------------------------------
+# ---------- Interrupting and resuming -------------------------------------------------------------
 @forks
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_is_killed_and_resumed_is_the_same_run(market, tmp_path, monkeypatch, processes):
@@ -1200,7 +1446,8 @@ def test_a_run_that_is_killed_and_resumed_is_the_same_run(market, tmp_path, monk
     command = [*market, "--epochs", 60, "--eval-every", 25]
     whole, output = tmp_path / "whole", tmp_path / "killed"
     launch(train, *command, "--output", whole, processes=processes)
-    moments, log = random.Random(processes), output / "log.jsonl"
+    rng = random.Random(processes)
+    log = output / "log.jsonl"
     for epochs in (0, 5, 15, 30):
         flags = ["--workers", int(epochs == 15), "--output", output, "--resume"]
         running = launch(train, *command, *flags, processes=processes, wait=False).processes
@@ -1210,7 +1457,7 @@ def test_a_run_that_is_killed_and_resumed_is_the_same_run(market, tmp_path, monk
             and not (log.exists() and len(log.read_text().splitlines()) >= epochs)
         ):
             time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.1))
         for end in ("kill", "join"):
             for process in running:
                 getattr(process, end)()
@@ -1220,11 +1467,11 @@ def test_a_run_that_is_killed_and_resumed_is_the_same_run(market, tmp_path, monk
 
 
 @forks
-def test_a_resumed_run_takes_its_settings_from_the_checkpoint_and_a_typed_flag_wins(
-    market, tmp_path
-):
+def test_a_resumed_run_takes_its_settings_from_the_checkpoint(market, tmp_path):
     command = [*market, "--epochs", 4, "--eval-every", 0, "--margin", 0.3, "--output"]
-    launch(train, *command, tmp_path / "whole", "--resume")  # there is none to resume: it begins
+    launch(
+        train, *command, tmp_path / "whole", "--resume"
+    )  # there is none to resume: it starts one
     for name in ("same", "typed", "two"):
         with cut_off_before(2):
             launch(train, *command, tmp_path / name)
@@ -1239,14 +1486,15 @@ def test_a_resumed_run_takes_its_settings_from_the_checkpoint_and_a_typed_flag_w
     assert {key for key, _ in first ^ typed} == {"output", "lr", "epochs"}
     launch(
         train, "--output", tmp_path / "two", "--resume", processes=2
-    )  # on other machines it goes on as well
+    )  # on other machines it is resumed as well
     assert_same_run(tmp_path / "two", tmp_path / "whole", rtol=1e-4)
 
 
-def test_a_run_resumed_with_another_seed_goes_on_with_that(market, tmp_path, monkeypatch):
-    moments, batches = [], []
+def test_a_run_is_resumed_with_another_seed(market, tmp_path, monkeypatch):
+    rng_keys = []
+    batches = []
     forward = Passes.forward
-    monkeypatch.setattr(Passes, "forward", lambda *a: moments.append(a[2]) or forward(*a))
+    monkeypatch.setattr(Passes, "forward", lambda *a: rng_keys.append(a[2]) or forward(*a))
     monkeypatch.setattr(
         train, "branch_losses", lambda *a: batches.append(a[1].tolist()) or branch_losses(*a)
     )
@@ -1266,32 +1514,115 @@ def test_a_run_resumed_with_another_seed_goes_on_with_that(market, tmp_path, mon
     with cut_off_before(2):
         launch(train, "--output", tmp_path, "--resume", "--seed", 7)
     launch(train, "--output", tmp_path, "--resume")
-    assert moments == [(7 * (epoch > 0), epoch, step) for epoch in range(4) for step in (0, 1)]
+    assert rng_keys == [(7 * (epoch > 0), epoch, step) for epoch in range(4) for step in (0, 1)]
     labels = load_dataset("market1501", market[3])["train"].labels
-    for (seed, epoch, step), batch in zip(moments, batches, strict=True):
+    for (seed, epoch, step), batch in zip(rng_keys, batches, strict=True):
         sampler = IdentitySampler(labels, 2, 2, seed)
         sampler.set_epoch(epoch)
         assert batch == labels[list(sampler)[step]].tolist()
 
 
-def test_a_folder_that_holds_a_run_or_not_the_same_for_all_is_refused(
-    market, run, tmp_path, capsys, monkeypatch
-):
+def test_a_folder_that_holds_a_run_is_refused(market, run, tmp_path, capsys):
     output = shutil.copytree(run[0], tmp_path / "run")
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     with pytest.raises(SystemExit, match="2"):
         launch(train, *market, "--output", output)
     assert f"error: {output} holds a run; --resume resumes it" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
-    monkeypatch.setattr(
-        train, "gather", lambda x: torch.cat([x, x + 1])
-    )  # another process sees one epoch more
-    with pytest.raises(AssertionError, match="is not the same folder for all processes"):
-        launch(train, *market, "--output", tmp_path / "other")
+
+
+def test_a_finished_run_is_left_as_it_is(run, tmp_path, capsys):
+    output = shutil.copytree(run[0], tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    launch(train, "--output", output, "--resume", "--lr", 5)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{output} is finished\n")
+    assert f"trained      mAP{100 * records_of(output)[-1]['mean_ap']:7.2f}" in printed
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_resuming_says_what_it_resumes(market, tmp_path, capsys):
+    command = [*market, "--epochs", 3, "--eval-every", 0, "--resume", "--output", tmp_path / "run"]
+    with cut_off_before(1):
+        launch(train, *command)
+    launch(train, *command)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"no run in {tmp_path / 'run'} yet: starting one"
+    assert f"resuming {tmp_path / 'run'} at epoch 1 of 3" in lines
+
+
+def test_the_first_epoch_after_each_start_is_saved(market, tmp_path):
+    command = [*market, "--epochs", 4, "--eval-every", 0, "--resume", "--output", tmp_path]
+    for epoch in (1, 2, 3):
+        with cut_off_before(epoch), mock.patch.object(train, "CHECKPOINT_SECONDS", 300):
+            launch(train, *command)
+        assert len(checkpoint_of(tmp_path)["history"]) == epoch
+
+
+def test_a_run_is_saved_before_its_last_evaluation(market, run, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    command = [*market, "--epochs", 4, "--eval-every", 2, "--output", output]
+
+    def unreadable(*arguments):
+        if len(records_of(output) if output.exists() else ()) == 4:
+            raise DataError("an image")
+        return evaluate.evaluate(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="an image"):
+        patch.setattr(train, "evaluate", unreadable)
+        launch(train, *command)
+    assert len(checkpoint_of(output)["history"]) == 4
+    launch(train, "--output", output, "--resume")
+    assert_same_run(output, run[0])
+
+
+@pytest.mark.parametrize("change", ["another identity", "one identity less", "another set"])
+def test_a_checkpoint_knows_its_identities(market, run, tmp_path, change):
+    output = shutil.copytree(run[0], tmp_path / "run")
+    shutil.copytree(market[3], tmp_path / "datasets")
+    for path in (tmp_path / "datasets/market1501/bounding_box_train").glob("0002*"):
+        if change == "another identity":
+            path.rename(path.with_name(f"0009{path.name[4:]}"))
+        else:
+            path.unlink()
+    flags = ["--data-dir", tmp_path / "datasets", "--epochs", 9]
+    if change == "another set":
+        flags += ["--dataset", "toy"]
+    folder = "toy" if change == "another set" else "market1501"
+    message = f"the run has other identities than '.*/{folder}/bounding_box_train', for example"
+    with pytest.raises(DataError, match=message):
+        launch(train, "--output", output, "--resume", *flags)
+
+
+@forks
+@pytest.mark.parametrize("change", ["an image less", "another identity", "another epoch"])
+def test_processes_compare_what_they_read(market, run, tmp_path, monkeypatch, capfd, change):
+    for rank in (0, 1):
+        shutil.copytree(market[3] / "market1501", tmp_path / f"{rank}/market1501")
+        shutil.copytree(run[0], tmp_path / f"{rank}/run")
+    if change == "an image less":
+        (tmp_path / "1/market1501/query/0050_c1s1_000000_00.jpg").unlink()
+    if change == "another identity":
+        for path in (tmp_path / "1/market1501/bounding_box_test").glob("0051*"):
+            path.rename(path.with_name(f"0061{path.name[4:]}"))
+    if change == "another epoch":
+        state = checkpoint_of(run[0])
+        train.save(state | {"history": state["history"][:3]}, tmp_path / "1/run/last.pt")
+
+    def load(name, data_dir):
+        return load_dataset(name, tmp_path / os.environ["RANK"])
+
+    def load_checkpoint(path, *keys):
+        return data.load_tensors(tmp_path / os.environ["RANK"] / "run/last.pt", *keys)
+
+    monkeypatch.setattr(train, "load_dataset", load)
+    monkeypatch.setattr(train, "load_tensors", load_checkpoint)
+    with pytest.raises(mp.ProcessRaisedException, match="does not hold the same for all processes"):
+        launch(train, "--output", run[0], "--resume", "--epochs", 9, processes=2)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_run_in_half_precision_trains_alike_and_resumes(market, run, tmp_path, precision):
+def test_a_run_in_half_precision(market, run, tmp_path, precision):
     command = [*market, "--precision", precision, "--epochs", 4, "--eval-every", 0, "--output"]
     launch(train, *command, tmp_path / "whole")
     full, half = (
@@ -1311,20 +1642,22 @@ def test_a_run_in_half_precision_trains_alike_and_resumes(market, run, tmp_path,
     )  # steps, in both parts
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
     def half(state, path):
         Path(path).write_bytes(b"half")
-        raise OSError("No space left on device")
+        raise KeyboardInterrupt
 
     train.save({"epoch": 1}, tmp_path / "last.pt")
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(KeyboardInterrupt):
         train.save({"epoch": 2}, tmp_path / "last.pt")
     assert checkpoint_of(tmp_path) == {"epoch": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]  # and no scratch file
 
 
 @forks
-def test_two_writers_on_one_folder_never_leave_a_damaged_checkpoint(tmp_path):
+def test_two_writers_never_leave_a_damaged_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # as in two containers
     train.save({"rank": -1, "x": torch.zeros(50_000)}, tmp_path / "last.pt")
 
     def write(rank):
@@ -1342,7 +1675,7 @@ def test_two_writers_on_one_folder_never_leave_a_damaged_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
-# ---------- What is wrong is told in one line -----------------------------------------------------
+# ---------- Errors in one line --------------------------------------------------------------------
 def move(folder):
     """Images into folders by identity."""
     for path in list(folder.iterdir()):
@@ -1361,32 +1694,32 @@ ERRORS = {  # what is done to the folder of market1501, flags, the line
         [],
         "market1501: found no folder named like 'market 1501' with bounding_box_train, ",
     ),
-    "empty": (lambda m: remove(m, "query/*"), [], r"/query holds no images \(.jpg, .*\)$"),
+    "empty": (lambda m: remove(m, "query/*"), [], r"/query' holds no images \(.jpg, .*\)$"),
     "nested": (
         lambda m: move(m / "query"),
         [],
-        "/query holds no images .*; move them up out of subfolders",
+        "/query' holds no images .*; move them up out of subfolders",
     ),
     "name": (
         lambda m: touch(m / "query", "me.jpg"),
         [],
-        "/query/me.jpg: the name must be <identity>_c<camera>_",
+        "/query/me.jpg': the name must be <identity>_c<camera>_",
     ),
     "no match": (
         lambda m: remove(m, "[bq][ou]*/005*_c2*"),
         [],
-        "market1501: no query has a match from another cam",
+        "market1501': no query has a match from another cam",
     ),
     "few": (lambda m: None, ["--ids-per-batch", 8], "4 identities, but a batch needs 8"),
     "unreadable": (
         lambda m: (m / IMAGE).write_text(""),
         [],
-        f"cannot read the image .*{IMAGE}: .*; replace or remove",
+        f"cannot read the image .*{IMAGE}': .*; replace or remove",
     ),
     "in a worker": (
         lambda m: (m / IMAGE).write_text(""),
         ["--workers", 1],
-        f"cannot read the image .*{IMAGE}: .*; re",
+        f"cannot read the image .*{IMAGE}': .*; re",
     ),
 }
 
@@ -1405,7 +1738,7 @@ def error_of(program, *arguments):
 
 
 @pytest.mark.parametrize("damage", ERRORS)
-def test_data_that_cannot_be_used_end_training_in_one_line(market, tmp_path, damage):
+def test_data_that_cannot_be_used_ends_training(market, tmp_path, damage):
     shutil.copytree(market[3] / "market1501", tmp_path / "market1501")
     do, flags, message = ERRORS[damage]
     do(tmp_path / "market1501")
@@ -1424,27 +1757,83 @@ def test_data_that_cannot_be_used_end_training_in_one_line(market, tmp_path, dam
     assert not (tmp_path / "run/last.pt").exists()
 
 
-def test_evaluation_and_programs_tell_it_in_one_line_too(market, run, tmp_path):
+def test_data_that_cannot_be_used_ends_evaluation(market, run, tmp_path):
     shutil.copytree(market[3] / "market1501", tmp_path / "market1501")
-    (touch(tmp_path, "notes.txt") / "market1501/query/0050_c1s1_000000_00.jpg").write_text(
-        "not an image"
-    )
-    of_image = "error: cannot read the image .*0050_c1s1_000000_00.jpg: "
+    (tmp_path / "market1501/query/0050_c1s1_000000_00.jpg").write_text("not an image")
+    of_image = "error: cannot read the image .*0050_c1s1_000000_00.jpg': "
     assert re.match(
         of_image, error_of("evaluate.py", run[0], "--data-dir", tmp_path, "--workers", 1)
     )
     assert re.match(
         "error: dukemtmc: found no folder", error_of("evaluate.py", run[0], "--dataset", "dukemtmc")
     )
-    photos = ["--query", tmp_path / "notes.txt", "--gallery", tmp_path]
-    assert re.match(r"error: no images \(.jpg, ", error_of("evaluate.py", run[0], *photos))
     told, status = python(__file__, "evaluate.py", run[0], "--data-dir", tmp_path, "--workers", 1)
     assert re.fullmatch(f"{of_image}.*\n", told), told
     assert status == 1
 
 
+@pytest.mark.parametrize("content", ["cut off", "empty", "text", "a tensor", "no run"])
+def test_a_damaged_checkpoint_is_named(run, tmp_path, content):
+    file = tmp_path / "last.pt"
+    if content == "cut off":
+        file.write_bytes((run[0] / "last.pt").read_bytes()[:1000])
+    elif content == "a tensor":
+        torch.save(torch.zeros(3), file)
+    elif content == "no run":
+        torch.save({"conv1.weight": torch.zeros(3)}, file)
+    else:
+        file.write_text(content.replace("empty", ""))
+    message = f"error: '{file}' (is damaged, or no file of weights|has no network, .*)"
+    assert re.fullmatch(message, error_of("evaluate.py", tmp_path))
+    assert re.fullmatch(message, error_of("train.py", "--output", tmp_path, "--resume"))
+
+
+def test_missing_files_are_named(market, tmp_path):
+    missing = "No such file or directory: "
+    line = error_of("evaluate.py", tmp_path / "nothere")
+    assert line.endswith(missing + repr(str(tmp_path / "nothere/last.pt")))
+    line = error_of("train.py", *market, "--output", tmp_path, "--weights", "nothere.pth")
+    assert line.endswith(missing + "'nothere.pth'")
+
+
+def test_several_processes_need_a_rank(monkeypatch, market, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = error_of("train.py", *market, "--output", tmp_path)
+    assert line == "error: WORLD_SIZE is set but RANK is not: start several processes by torchrun"
+
+
+FLAGS = {  # what is typed, and what is said of it
+    "train.py": [
+        (["--output", ""], "--output is empty"),
+        (["--epochs", "0"], "argument --epochs: 0 is less than 1"),
+        (["--ids-per-batch", "0"], "argument --ids-per-batch: 0 is less than 1"),
+        (["--images-per-id", "1"], "argument --images-per-id: 1 is less than 2"),
+        (["--images-per-pass", "1"], "argument --images-per-pass: 1 is less than 2"),
+        (["--seed", "-1"], "argument --seed: -1 is less than 0"),
+        (["--eval-every", "-1"], "argument --eval-every: -1 is less than 0"),
+    ],
+    "evaluate.py": [
+        (["run", "--ranking", "nodir/x.png"], "argument --ranking: 'nodir/x.png' is not a .png"),
+        (["run", "--attention", "out"], "argument --attention: 'out' is not a .png"),
+        (["run", "--curves", "out.txt"], "argument --curves: 'out.txt' is not a .png"),
+        (["run", "--query", "a.png"], "--query and --gallery go together"),
+        (["run", "--gallery", "."], "--query and --gallery go together"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "message"),
+    [(program, *case) for program, cases in FLAGS.items() for case in cases],
+)
+def test_flags_are_checked_before_anything_is_read(program, flags, message, capsys):
+    with mock.patch.object(sys, "argv", [program, *flags]), pytest.raises(SystemExit):
+        {"train.py": train, "evaluate.py": evaluate}[program].parse_args()
+    assert f"{program}: error: {message}" in capsys.readouterr().err
+
+
 # ---------- Evaluation ----------------------------------------------------------------------------
-def test_evaluate_prints_the_runs_own_figures(run, tmp_path, capsys):
+def test_evaluate_prints_the_runs_own_metrics(run, tmp_path, capsys):
     launch(evaluate, run[0], "--workers", 0)
     whole = capsys.readouterr().out
     assert run[1].split("\ntrained    ")[-1].splitlines()[0].strip() in whole.splitlines()[-1]
@@ -1481,7 +1870,7 @@ def test_several_runs_have_a_mean_and_a_standard_deviation(market, run, tmp_path
     np.testing.assert_allclose(
         deviation, np.abs(np.subtract(first, second)) / 2, atol=0.011
     )  # population, of two
-    with pytest.raises(AssertionError, match="no SONA module"):
+    with pytest.raises(DataError, match="no SONA module"):
         launch(evaluate, tmp_path, "--attention", tmp_path / "attention.png")
 
 
@@ -1501,34 +1890,49 @@ def test_a_data_set_is_ranked_and_drawn(run, datasets, tmp_path, capsys):
     assert re.match("toy .*\n  train +768 +64 +4\n", capsys.readouterr().out)
 
 
-def test_your_own_photos_are_ranked(run, tmp_path, capsys):
-    album, query = tmp_path / "album", tmp_path / "album/1/a b.jpg"
+@pytest.fixture
+def album(tmp_path):
+    """Five photos, one in a folder that is linked; what is hidden, or no photo."""
+    photo = data.draw_pedestrian(1, 1, 0)
     for person in range(3):
-        touch(album / f"{person}", "notes.txt", "._a b.jpg")
-        data.draw_pedestrian(person, 1, 0).save(album / f"{person}" / "a b.jpg")
-    data.draw_pedestrian(1, 1, 0).save(album / "1/c.webp", lossless=True)
-    flags = [
-        "--query",
-        query,
-        "--gallery",
-        album,
-        "--workers",
-        0,
-        "--ranking",
-        tmp_path / "ranking.png",
-    ]
-    launch(evaluate, run[0], *flags)
-    asked, *found = capsys.readouterr().out.splitlines()
+        folder = touch(tmp_path / f"album/{person}", "notes.txt", "._a b.jpg")
+        data.draw_pedestrian(person, 1, 0).save(folder / "a b.jpg")
+    photo.save(tmp_path / "album/1/c.webp", lossless=True)
+    photo.save(touch(tmp_path / "elsewhere") / "d.tif")
+    (tmp_path / "album/linked").symlink_to(tmp_path / "elsewhere")
+    for hidden in (".thumbnails", "@eaDir"):
+        photo.save(touch(tmp_path / "album/0" / hidden) / "thumbnail.jpg")
+    os.mkfifo(tmp_path / "album/pipe.jpg")
+    return tmp_path / "album"
+
+
+def test_your_own_photos_are_ranked(run, album, tmp_path, capsys):
+    query = album / "1/a b.jpg"
+    flags = ["--query", query, "--gallery", album, "--workers", 0]
+    launch(evaluate, run[0], *flags, "--ranking", tmp_path / "ranking.png")
+    head, asked, *found, wrote = capsys.readouterr().out.splitlines()
+    assert head == "searching 5 images for 1"
     assert [asked, *found[0].split(maxsplit=1)] == [str(query), "0.000", str(query)]
     distances = [float(line.split()[0]) for line in found]
-    assert distances == sorted(distances) and len(distances) == 4
-    assert size_of(tmp_path / "ranking.png") == (5, 1)
-    launch(evaluate, run[0], "--attention", tmp_path / "attention.png", "--query", query, query)
+    assert distances == sorted(distances)
+    assert len(distances) == 5
+    assert wrote == f"wrote {tmp_path / 'ranking.png'}"
+    assert size_of(tmp_path / "ranking.png") == (6, 1)
+
+
+def test_queries_keep_their_order_whatever_their_endings(album, tmp_path):
+    data.draw_pedestrian(1, 1, 0).save(tmp_path / "photo", format="PNG")
+    names = [str(tmp_path / "photo"), str(album / "2"), str(album / "0/a b.jpg")]
+    assert evaluate.find_images(names) == [names[0], str(album / "2/a b.jpg"), names[2]]
+    with pytest.raises(DataError, match="'.*empty' holds no images"):
+        evaluate.find_images([str(touch(tmp_path / "empty"))])
+
+
+def test_attention_of_your_own_photos_is_drawn(run, album, tmp_path):
+    query = album / "1/a b.jpg"
+    flags = ["--attention", tmp_path / "attention.png", "--query", query, query]
+    launch(evaluate, run[0], *flags)
     assert size_of(tmp_path / "attention.png") == (6, 2)
-    for alone in (["--query", query], ["--gallery", album]):
-        with pytest.raises(SystemExit):
-            launch(evaluate, run[0], *alone)
-        assert "--query and --gallery go together" in capsys.readouterr().err
 
 
 # ---------- README, and copying -------------------------------------------------------------------
@@ -1546,8 +1950,8 @@ def msmt17(root):
             (root / f"list_{name}.txt").write_text("".join(lines[i::2]))
 
 
-def test_readmes_python_runs_as_it_stands(run, datasets, tmp_path, monkeypatch):
-    """Each block, where its runs and data are; what stands inside a file of ours finds that file's names."""
+def test_the_readmes_python_runs(run, datasets, tmp_path, monkeypatch):
+    """Runs each block where its runs and data are; a block for one of our files gets its names."""
     for name in ("cuhk03", "toy"):
         shutil.copytree(run[0], tmp_path / "runs" / name)
     shutil.copytree(datasets, tmp_path / "datasets")
@@ -1578,7 +1982,7 @@ def test_readmes_python_runs_as_it_stands(run, datasets, tmp_path, monkeypatch):
         torch.testing.assert_close(embedding, evaluate.load_run("runs/cuhk03")[0](images))
 
 
-def test_files_work_when_copied_alone_and_the_ranking_with_numpy_alone(tmp_path):
+def test_files_work_when_copied_alone(tmp_path):
     ranking = "evaluate_ranking(np.eye(2), np.eye(2), [1, 2], [1, 2], [1, 1], [2, 2])"
     code = "import sys\nimport numpy as np\nfrom typing import NamedTuple\n"
     code += "".join(map(inspect.getsource, (evaluate.Ranking, evaluate_ranking)))

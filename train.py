@@ -17,20 +17,38 @@ import multiprocessing
 import os
 import sys
 import time
+import zlib
 from argparse import BooleanOptionalAction
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from data import DATASETS, DataError, IdentitySampler, ImageDataset, augment, describe, load_dataset
-from evaluate import PRECISIONS, default_precision, evaluate, memory_format, summary
+from data import (
+    DATASETS,
+    DataError,
+    IdentitySampler,
+    ImageDataset,
+    augment,
+    describe,
+    load_dataset,
+    load_tensors,
+    replacing,
+    run_program,
+)
+from evaluate import (
+    PRECISIONS,
+    default_precision,
+    evaluate,
+    memory_format,
+    progress,
+    summary,
+)
 from losses import branch_losses, gather
 from model import DROPS, PLACEMENTS, SONANet
 
@@ -41,35 +59,38 @@ TOY = dict(
 CHECKPOINT_SECONDS = 300  # the least time between two checkpoints
 
 
-def main() -> None:
+def main():
     args, resumed = parse_args()
     device, rank, processes = start_process()
     args.precision = args.precision or default_precision(device)
-    output = Path(args.output)
-    history = resumed["history"] if resumed else []  # a record for each epoch
-    started = gather(torch.tensor([len(history)], device=device))
-    assert (started == len(history)).all(), f"{output} is not the same folder for all processes"
+    history = resumed.get("history", [])  # a record for each epoch
+    epochs = range(len(history), args.epochs)
+    if args.resume and not resumed:
+        print(f"no run in {args.output} yet: starting one")
+    elif resumed:
+        state = f"resuming {args.output} at epoch {len(history)} of {args.epochs}"
+        print(state if epochs else f"{args.output} is finished")
 
     # data
     splits = load_dataset(args.dataset, args.data_dir)
-    train = splits["train"]
-    dataset = ImageDataset(train.paths, train.labels, args.height, args.width)
+    print(describe(args.dataset, splits))
+    train, *test = splits.values()
+    identities = np.unique(train.ids).tolist()
+    check_data(splits, identities, resumed, device)
+    size = args.height, args.width
+    dataset = ImageDataset(train.paths, train.labels, *size)
     sampler = IdentitySampler(
         train.labels, args.ids_per_batch, args.images_per_id, args.seed, rank, processes
     )
-    epochs = range(len(history), args.epochs)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches_of(sampler, epochs),
-        num_workers=args.workers,
-        pin_memory=device.type == "cuda",
-    )
-    print(describe(args.dataset, splits))
+    options = dict(num_workers=args.workers, pin_memory=device.type == "cuda")
+    batches = iter(DataLoader(dataset, batch_sampler=batches_of(sampler, epochs), **options))
 
     # network
     torch.manual_seed(args.seed)
     weights = None if resumed or args.weights == "none" else args.weights
-    network = SONANet(len(train.labels.unique()), args.sona, args.drop, weights)
+    if weights not in (None, "imagenet"):
+        weights = load_tensors(weights)
+    network = SONANet(len(identities), args.sona, args.drop, weights)
     network.to(device, memory_format=memory_format(device, args.precision))
     # Not in the paper: weight decay 5e-4, as an L2 term, on all parameters.
     optimizer = torch.optim.Adam(network.parameters(), args.lr, weight_decay=5e-4, fused=True)
@@ -79,127 +100,144 @@ def main() -> None:
         optimizer.load_state_dict(resumed["optimizer"])
         if resumed["scaler"]:  # empty unless the run was in fp16
             scaler.load_state_dict(resumed["scaler"])
-        del resumed  # 0.4 GB
+        resumed.clear()  # frees 0.4 GB
     compiled = torch.compile(network) if args.compile else network
     model = Passes(compiled, args.images_per_pass, rank, args.precision, args.recompute)
     if processes > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     print(f"SONA {args.sona}, drop {args.drop}; {processes} x {device.type}, {args.precision}\n")
 
-    # evaluation and the run's folder
-    test = splits["query"], splits["gallery"], args.height, args.width, args.workers
-    if rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "args.json").write_text(json.dumps(vars(args), indent=2))
-    if args.eval_every and not history:
-        print(f"untrained    {summary(evaluate(network, *test).metrics())}\n")
+    output = Path(args.output)
 
-    # training loop
+    def save_run():
+        """last.pt is the run; log.jsonl and args.json are for people to read."""
+        checkpoint = {
+            "network": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "history": history,
+            "identities": identities,
+            "settings": vars(args),
+        }
+        lines = [json.dumps(record) + "\n" for record in history]
+        if rank == 0:
+            save(checkpoint, output / "last.pt")
+            with replacing(output / "log.jsonl") as scratch:
+                scratch.write_text("".join(lines))
+            with replacing(output / "args.json") as scratch:
+                scratch.write_text(json.dumps(vars(args), indent=2))
+
+    # training loop; its last round only evaluates
     print(f"{'global branch':>32}{'local branch':>22}")
     print(f"epoch    loss{' triplet  x-ent    acc' * 2}       lr  img/s  left")
-    batches = iter(loader)
-    saved = time.perf_counter()
-    for epoch in epochs:
+    saved = -math.inf  # so that the first epoch after each start is saved
+    for epoch in range(len(history), args.epochs + 1):
+        # evaluate what is trained so far; not in the paper: the last is reported, not the best
+        last = epoch == args.epochs
+        if last or args.eval_every and epoch % args.eval_every == 0:
+            record = history[-1] if history else {}
+            if "mean_ap" not in record:
+                record |= evaluate(network, *test, *size, args.workers).metrics()
+                if last:
+                    save_run()
+            title = "trained" if last else "" if history else "untrained"
+            print(f"{title:<13}{summary(record)}", flush=True)
+        if last:
+            break
+
+        # train for an epoch
         start = time.perf_counter()
-        sums = {}
-        model.train()
-        torch.backends.cudnn.benchmark = True  # training's shapes are fixed, evaluation's vary
         lr = learning_rate(epoch, args.epochs, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        means = train_epoch(model, batches, len(sampler), optimizer, scaler, args, epoch)
 
-        for step in range(len(sampler)):
-            images, labels = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-
-            # augmentation and forward, pass by pass
-            outputs = model(images, (args.seed, epoch, step))
-
-            # gradients of the four losses
-            loss, parts = branch_losses(outputs, labels, args.margin)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-
-            # sums for the log, on the device, so that no step waits for a copy
-            for name, part in parts.items():
-                sums[name] = sums.get(name, 0) + part
-            if sys.stdout.isatty():
-                print(f"\r  step {step + 1} of {len(sampler)}", end="\r", flush=True)
-        torch.backends.cudnn.benchmark = False
-
-        # once per epoch: log, evaluate, save
-        means = gather(torch.stack([*sums.values()])[None]).mean(0) / len(sampler)
-        record = {"epoch": epoch, "lr": lr, **dict(zip(sums, means.tolist(), strict=True))}
+        # log, check and save it
+        seconds = time.perf_counter() - start
+        images = len(sampler) * args.ids_per_batch * args.images_per_id
+        record = {"epoch": epoch, "lr": lr, **means, "images_per_second": images / seconds}
+        history.append(record)
+        print(row(record, seconds * (args.epochs - epoch - 1)), flush=True)
         if not math.isfinite(record["loss"]):
             raise FloatingPointError(f"the loss of epoch {epoch} is {record['loss']}; lower --lr")
-        seconds = time.perf_counter() - start
-        record["images_per_second"] = (
-            len(sampler) * args.ids_per_batch * args.images_per_id / seconds
-        )
-        print(row(record, seconds * (args.epochs - epoch - 1)), flush=True)
-        last = epoch + 1 == args.epochs  # not in the paper: the last is reported, not the best
-        if last or args.eval_every and (epoch + 1) % args.eval_every == 0:
-            record |= evaluate(network, *test).metrics()
-            print(f"{'trained' if last else '':<13}{summary(record)}", flush=True)
-        history.append(record)
-        if rank == 0:
-            lines = [json.dumps(record) + "\n" for record in history]
-            (output / "log.jsonl").write_text("".join(lines))
-            if last or time.perf_counter() - saved >= CHECKPOINT_SECONDS:
-                state = {
-                    "network": network.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "history": history,
-                    "settings": vars(args),
-                }
-                save(state, output / "last.pt")
-                saved = time.perf_counter()
+        if not all(x.isfinite().all() for x in network.state_dict().values()):
+            raise FloatingPointError(f"epoch {epoch} left weights of nan or inf; lower --lr")
+        if time.perf_counter() - saved >= CHECKPOINT_SECONDS or len(history) == args.epochs:
+            save_run()
+            saved = time.perf_counter()
     print(f"\nthe run is in {output}")
 
     if dist.is_initialized():
-        dist.barrier()  # gloo's threads may need the GIL to free tensors, and the destroyer holds it
+        dist.barrier()  # gloo's threads may need the GIL to free tensors; a destroyer holds it
         del model  # DDP, too, holds the group, and would otherwise destroy it last
         dist.destroy_process_group()
 
 
-def parse_args() -> tuple[argparse.Namespace, dict | None]:
-    """The settings (typed flags override a resumed run's) and the checkpoint to resume, if any."""
+def train_epoch(model, batches, steps, optimizer, scaler, args, epoch):
+    """Trains for an epoch; returns the means of the parts of branch_losses over its steps."""
+    device = next(model.parameters()).device
+    sums = {}  # on the device, so that no step waits for a copy
+    model.train()
+    torch.backends.cudnn.benchmark = True  # training's shapes are fixed, evaluation's vary
+    for step in range(steps):
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+
+        # augmentation and forward, pass by pass
+        outputs = model(images, (args.seed, epoch, step))
+
+        # gradients of the four losses
+        loss, parts = branch_losses(outputs, labels, args.margin)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+
+        # a step of Adam; fp16 skips one whose gradients overflow
+        scaler.step(optimizer)
+        scaler.update()
+
+        # sums for the log
+        for name, part in parts.items():
+            sums[name] = sums.get(name, 0) + part
+        progress(f"step {step + 1} of {steps}")
+    torch.backends.cudnn.benchmark = False
+    means = gather(torch.stack([*sums.values()])[None]).mean(0) / steps  # over all processes
+    return dict(zip(sums, means.tolist(), strict=True))
+
+
+def parse_args():
+    """The settings (typed flags override a resumed run's) and the checkpoint to resume, or {}."""
     toy = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TOY.items())
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
         description=f"Train SONA-Net. The defaults are the paper's (Sec. 3.2); for the toy: {toy}.",
     )
-    add = parser.add_argument_group("data").add_argument
+    add = parser.add_argument
     add("--dataset", choices=DATASETS, help="data set to train on [toy, drawn on first use]")
     add("--data-dir", default="datasets", help="folder that holds the data sets [%(default)s]")
     add("--height", type=int, default=384, help="image height in pixels [%(default)s]")
     add("--width", type=int, default=128, help="image width in pixels [%(default)s]")
     add("--workers", type=int, default=2, help="data-loader processes per GPU [%(default)s]")
-    add = parser.add_argument_group("network").add_argument
     add("--sona", choices=PLACEMENTS, default="2", help="stages that SONA follows [%(default)s]")
-    add(
-        "--drop",
-        choices=DROPS,
-        default="dropblock+",
-        help="drop layer of the local branch [%(default)s]",
-    )
+    add("--drop", choices=DROPS, default="dropblock+", help="local drop layer [%(default)s]")
     add(
         "--weights",
         default="imagenet",
         metavar="{imagenet,none,PATH}",
-        help="initial weights of the backbone [%(default)s]",
+        help="initial weights; PATH is a ResNet-50's file, or a run's last.pt to fine-tune "
+        "[%(default)s]",
     )
-    add = parser.add_argument_group("training").add_argument
     add(
         "--ids-per-batch",
-        type=int,
+        type=at_least(1),
         default=32,
         help="identities per batch, summed over all processes [%(default)s]",
     )
-    add("--images-per-id", type=int, default=4, help="images per identity [%(default)s]")
-    add("--epochs", type=int, default=400, help="the schedule scales with them [%(default)s]")
+    add("--images-per-id", type=at_least(2), default=4, help="images per identity [%(default)s]")
+    add(
+        "--epochs",
+        type=at_least(1),
+        default=400,
+        help="epochs; the learning-rate schedule scales with them [%(default)s]",
+    )
     add(
         "--lr",
         type=float,
@@ -207,16 +245,18 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
         help="peak learning rate; lower it for small batches [%(default)s]",
     )
     add("--margin", type=float, help="hard triplet margin, e.g. 0.3 [soft margin]")
+    add("--seed", type=at_least(0), default=0, help="the paper averages four runs [%(default)s]")
+    add("--output", help="folder of the run [runs/DATASET]")
+    add("--resume", action="store_true", help="resume the run in --output, or start it if none")
     add(
-        "--seed",
-        type=int,
-        default=0,
-        help="random seed; the paper reports means of four runs [%(default)s]",
+        "--eval-every",
+        type=at_least(0),
+        default=50,
+        help="evaluate every N epochs; 0: only after the last [%(default)s]",
     )
-    add = parser.add_argument_group("device").add_argument
     add(
         "--images-per-pass",
-        type=int,
+        type=at_least(2),
         default=32,
         help="images per forward pass, over which batch norm takes its statistics [%(default)s]",
     )
@@ -229,28 +269,17 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     add(
         "--precision",
         choices=PRECISIONS,
-        help="[fp16 on GPUs of compute capability 7.0 or more, else float32]",
+        help="[fp16 on GPUs of compute capability 7.0 or more, float32 elsewhere]",
     )
     add(
         "--compile",
         action=BooleanOptionalAction,
         help="torch.compile the network: faster after the first minute; draws other drop masks",
     )
-    add = parser.add_argument_group("run").add_argument
-    add("--output", help="folder of the run [runs/DATASET]")
-    add(
-        "--resume",
-        action="store_true",
-        help="resume the run in --output, or start it if there is none",
-    )
-    add(
-        "--eval-every",
-        type=int,
-        default=50,
-        help="evaluate every N epochs; 0: only after the last [%(default)s]",
-    )
 
     typed = parser.parse_args()
+    if typed.output == "":
+        parser.error("--output is empty: is a variable not set?")
     dataset = typed.dataset or "toy"
     output = typed.output or f"runs/{dataset}"
     if dataset == "toy":
@@ -258,15 +287,26 @@ def parse_args() -> tuple[argparse.Namespace, dict | None]:
     parser.set_defaults(dataset=dataset, output=output)
     last = Path(output, "last.pt")
     if not last.exists():
-        return parser.parse_args(), None
+        return parser.parse_args(), {}
     if not typed.resume:
         parser.error(f"{output} holds a run; --resume resumes it, --output names another folder")
-    resumed = torch.load(last, map_location="cpu", weights_only=True)
+    resumed = load_tensors(last, "network", "history", "identities", "settings")
     parser.set_defaults(**resumed["settings"] | {"output": output})
     return parser.parse_args(), resumed
 
 
-def start_process() -> tuple[torch.device, int, int]:
+def at_least(minimum):
+    """An argparse type: integers of `minimum` or more."""
+
+    def integer(text):
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
+        return int(text)
+
+    return integer
+
+
+def start_process():
     """This process's device and rank, and the number of processes. Only the first one prints."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -274,6 +314,8 @@ def start_process() -> tuple[torch.device, int, int]:
     device = torch.device(f"cuda:{local_rank}" if gpu else "cpu")
     if gpu:
         torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ and "RANK" not in os.environ:
+        raise DataError("WORLD_SIZE is set but RANK is not: start several processes by torchrun")
     if "RANK" in os.environ:
         # gloo and NCCL do not survive a fork.
         multiprocessing.set_start_method("spawn", force=True)
@@ -283,14 +325,30 @@ def start_process() -> tuple[torch.device, int, int]:
     return device, rank, int(os.environ.get("WORLD_SIZE", 1))
 
 
-def batches_of(sampler: IdentitySampler, epochs: range) -> Iterator[list[int]]:
+def check_data(splits, identities, resumed, device):
+    """Raises DataError unless the training identities are those of the run that is resumed, and
+    all processes have read the same data and resume at the same epoch."""
+    expected = resumed.get("identities", identities)
+    if identities != expected:
+        folder = str(Path(splits["train"].paths[0]).parent)
+        example = min({*identities} ^ {*expected})
+        raise DataError(f"the run has other identities than {folder!r}, for example {example}")
+    content = [len(resumed.get("history", []))]
+    for paths, ids, cams in splits.values():
+        content += [*map(os.path.basename, paths), *ids.tolist(), *cams.tolist()]
+    checksum = torch.tensor([zlib.crc32(repr(content).encode())], device=device)
+    if (gather(checksum) != checksum).any():
+        raise DataError("--data-dir or --output does not hold the same for all processes")
+
+
+def batches_of(sampler, epochs):
     """The batches of all epochs as one stream, so that the loader reads ahead across epochs."""
     for epoch in epochs:
         sampler.set_epoch(epoch)
         yield from sampler
 
 
-def learning_rate(epoch: int, epochs: int = 400, peak: float = 1e-3) -> float:
+def learning_rate(epoch, epochs=400, peak=1e-3):
     """The warm-up and decay of Sec. 3.2 for an epoch, counted from 0.
 
     For 400 epochs: up by a tenth of the peak every 5 epochs, from a tenth at epoch 0 to the peak at
@@ -322,59 +380,39 @@ class Passes(nn.Module):
     multiple of it.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        images_per_pass: int,
-        rank: int = 0,
-        precision: str = "float32",
-        recompute: bool = False,
-    ) -> None:
+    def __init__(self, network, images_per_pass, rank=0, precision="float32", recompute=False):
         super().__init__()
         self.network = network
         self.images_per_pass = images_per_pass
         self.rank = rank
         self.dtype = PRECISIONS[precision]
         self.recompute = recompute
-        self.norms = [
-            module
-            for module in network.modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        ]
+        batch_norm = nn.modules.batchnorm._BatchNorm
+        self.norms = [module for module in network.modules() if isinstance(module, batch_norm)]
 
-    def forward(
-        self, images: Tensor, rng_key: tuple[int, int, int]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def forward(self, images, rng_key):
         if len(images) % min(self.images_per_pass, len(images)):
-            raise ValueError(
-                f"--images-per-pass {self.images_per_pass} must divide "
-                f"a process's {len(images)} images"
-            )
+            share = f"a process's {len(images)} images"
+            raise ValueError(f"--images-per-pass {self.images_per_pass} must divide {share}")
         passes = images.split(self.images_per_pass)
-        outputs = {}
+        outputs = [None] * len(passes)
         # The first pass runs last, while its activations are still in memory for backward.
         for i in reversed(range(len(passes))):
-            pass_key = (*rng_key, self.rank * len(passes) + i)
+            arguments = passes[i], (*rng_key, self.rank * len(passes) + i)
             if self.recompute and i > 0:
-                # A pass seeds itself, so the generators' states need not be kept for recomputing.
+                # A pass seeds itself, so no state of a generator needs to be kept.
                 outputs[i] = checkpoint(
-                    self.run_pass,
-                    passes[i],
-                    pass_key,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
+                    self.run_pass, *arguments, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                outputs[i] = self.run_pass(passes[i], pass_key)
+                outputs[i] = self.run_pass(*arguments)
         joined = {}
         for branch in outputs[0]:
-            embeddings, logits = zip(*(outputs[i][branch] for i in sorted(outputs)), strict=True)
+            embeddings, logits = zip(*(output[branch] for output in outputs), strict=True)
             joined[branch] = torch.cat(embeddings), torch.cat(logits)
         return joined
 
-    def run_pass(
-        self, images: Tensor, rng_key: tuple[int, ...]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def run_pass(self, images, rng_key):
         torch.manual_seed(int(np.random.SeedSequence(rng_key).generate_state(1)[0]))
         for norm in self.norms:
             norm.track_running_stats = rng_key[-1] == 0  # in the whole batch's first pass
@@ -384,7 +422,7 @@ class Passes(nn.Module):
             return self.network(augment(images))
 
 
-def row(record: dict[str, float], seconds_left: float) -> str:
+def row(record, seconds_left):
     """An epoch's line of the table that training prints."""
     text = f"{record['epoch']:>5}{record['loss']:>8.3f}"
     for branch in ("global", "local"):
@@ -395,15 +433,12 @@ def row(record: dict[str, float], seconds_left: float) -> str:
     return text + f"{record['lr']:>9.1e}{record['images_per_second']:>7.0f}{left:>6}"
 
 
-def save(state: dict, path: Path) -> None:
+def save(state, path):
     """Write a checkpoint; path always holds a complete one, the old or the new."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}")
-    torch.save(state, scratch)
-    scratch.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as scratch:
+        torch.save(state, scratch)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

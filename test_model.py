@@ -512,7 +512,8 @@ def test_the_counts_are_those_of_table_1():
 LAYOUTS = {  # where people have them
     "toy": ["toy"],
     "market1501": [
-        "market1501", "Market-1501-v15.09.15", "market1501/Market-1501-v15.09.15", "Market-1501", "Market1501",
+        "market1501", "Market-1501-v15.09.15", "market1501/Market-1501-v15.09.15", "Market-1501",
+        "Market1501",
         "market_1501", "Market-1501/Market-1501-v15.09.15", "reid/market1501/Market-1501-v15.09.15",
     ],
     "dukemtmc": [
@@ -551,7 +552,7 @@ def test_a_set_is_found_where_people_have_it(tmp_path, monkeypatch, name, layout
 
 def test_what_is_not_the_set_is_not_taken(tmp_path):
     for i, (name, layout, data_dir) in enumerate((
-        ("market1501", "market1501/dukemtmc-reid", "market1501"),  # data_dir is named like the set that is asked for
+        ("market1501", "market1501/dukemtmc-reid", "market1501"),  # of the set's name
         ("cuhk03", "cuhk03-labeled/detected", "."),
         ("cuhk03", "cuhk03-labeled/detected", "cuhk03-labeled"),
         ("dukemtmc", "Occluded-DukeMTMC-reID", "."),
@@ -1441,7 +1442,7 @@ def test_workers_of_another_start_method(market, tmp_path, monkeypatch, method):
 @forks
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_is_killed_and_resumed_is_the_same_run(market, tmp_path, monkeypatch, processes):
-    """SIGKILL, at a random moment of an epoch, of its end or of its checkpoint; with and without workers."""
+    """SIGKILL at a random moment of an epoch, its end or its checkpoint, with workers or not."""
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
     command = [*market, "--epochs", 60, "--eval-every", 25]
     whole, output = tmp_path / "whole", tmp_path / "killed"
@@ -1937,7 +1938,7 @@ def test_attention_of_your_own_photos_is_drawn(run, album, tmp_path):
 
 # ---------- README, and copying -------------------------------------------------------------------
 def msmt17(root):
-    """A stand-in for MSMT17_V1: four images of each of four people to train on, and of three others."""
+    """A stand-in for MSMT17_V1: four images of each of four people to train on, of three others."""
     for part, people, lists in (("train", 4, ("train", "val")), ("test", 3, ("query", "gallery"))):
         lines = []
         for person, frame, camera in product(range(people), (0, 1), (1, 2)):
@@ -1966,9 +1967,8 @@ def test_the_readmes_python_runs(run, datasets, tmp_path, monkeypatch):
         "embedding": torch.ones(2, 4),
         "labels": torch.zeros(2),
     }
-    blocks = re.findall(
-        r"^```python\n(.*?)^```$", (HERE / "README.md").read_text(), re.DOTALL | re.MULTILINE
-    )
+    texts = [(HERE / name).read_text() for name in ("README.md", ".github/CHOICES.md")]
+    blocks = re.findall(r"^```python\n(.*?)^```$", "\n".join(texts), re.DOTALL | re.MULTILINE)
     known = {*DATASETS}
     with mock.patch.dict(PLACEMENTS), mock.patch.dict(DROPS), mock.patch.dict(DATASETS):
         for block in blocks:

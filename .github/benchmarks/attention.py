@@ -1,42 +1,240 @@
-"""What SONA attends to in trained runs, and what that contributes: the study in README.md.
+"""What a trained network's attention contributes: mAP with SONA's output replaced, in README.md.
 
-From the repository's folder: PYTHONPATH=. python .github/benchmarks/attention.py RUN [RUN ...]
+From the repository's folder, for runs of study.py or train.py:
+
+    PYTHONPATH=. python .github/benchmarks/attention.py RUN [RUN ...]
+
+It prints a row of a Markdown table for each run. Nothing is retrained. The columns:
+    strongest    a position's strongest attention weight x HW (1 if uniform), the median
+    spread       root mean square deviation of p(z) from its mean over positions, over that mean
+    as trained   mAP, as are all columns from here on
+    averaged     every row of the attention uniform, so that z is the mean of g over positions
+    constant     p(z) is one vector, its mean over the positions of all training images
+    removed      SONA(x) = x
+    re-estimated, removed re-estimated
+                 as trained and removed, after the running statistics of all batch norms have been
+                 recomputed from the training images, without augmentation and drop layer
+A run without SONA has only two of them. In a run with several SONA modules the first is changed.
+
+    PYTHONPATH=. python .github/benchmarks/attention.py --draw PNG RUN RUN
+
+draws the attention of two runs in one query image, on one colour scale, and nothing else.
 """
 
-import sys
+import argparse
+from pathlib import Path
 
+import numpy as np
 import study  # noqa: F401, names the placements of its rows
 import torch
+import torchvision.transforms.v2.functional as TF
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from data import ImageDataset, load_dataset, normalize
-from evaluate import evaluate, load_run, sona_input
+from data import ImageDataset, Split, load_dataset, normalize, read_image
+from evaluate import POINTS, evaluate, load_run, sona_input
 from model import SONA
 
-for run in sys.argv[1:]:
-    network, settings = load_run(run)
-    splits = load_dataset(settings["dataset"], settings["data_dir"])
-    test = splits["query"], splits["gallery"], settings["height"], settings["width"]
-    print(f"{run}: mAP {evaluate(network, *test)[1].mean_ap:.2%}", flush=True)
-    if not any(isinstance(module, SONA) for module in network.modules()):
-        continue
-    paths = splits["query"].paths[:200]
-    images = torch.stack(
-        [image for image, _ in ImageDataset(paths, settings["height"], settings["width"])]
+COLUMNS = [
+    "run",
+    "strongest",
+    "spread",
+    "as trained",
+    "averaged",
+    "constant",
+    "removed",
+    "re-estimated",
+    "removed re-estimated",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--data-dir", help="folder that holds the data sets [as in training]")
+    parser.add_argument("--draw", metavar="PNG")
+    parser.add_argument("--query", type=int, default=0, help="the query to draw [%(default)s]")
+    args = parser.parse_args()
+    if args.draw:
+        draw(args.runs, args.data_dir, args.query).save(args.draw)
+        return
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    for run in args.runs:
+        network, settings = load_run(run)
+        splits = load_dataset(settings["dataset"], args.data_dir or settings["data_dir"])
+        cells = measure(network, splits, settings["height"], settings["width"])
+        row = [Path(run).name, *(cells.get(column, "") for column in COLUMNS[1:])]
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+# ---------- The table -----------------------------------------------------------------------------
+
+
+def measure(
+    network: nn.Module, splits: dict[str, Split], height: int, width: int, workers: int = 0
+) -> dict[str, str]:
+    """The cells of a network's row, by column. Changes its batch norms' running statistics."""
+    train = splits["train"]
+    training_images = ImageDataset(train.paths, train.labels, height, width)
+
+    def mean_ap() -> str:
+        ranking = evaluate(network, splits["query"], splits["gallery"], height, width, workers)
+        return f"{100 * ranking.mean_ap:.2f}"
+
+    def batches() -> DataLoader:  # shuffled, so that each has many identities
+        generator = torch.Generator().manual_seed(0)
+        return DataLoader(
+            training_images, 64, shuffle=True, generator=generator, num_workers=workers
+        )
+
+    cells = {"as trained": mean_ap()}
+    sona = next((module for module in network.modules() if isinstance(module, SONA)), None)
+    if sona:
+        cells |= pattern(network, splits["query"].paths[:200], height, width)
+        as_trained = sona.forward
+        constant = mean_change(network, sona, batches())
+        sona.forward = lambda x: x + sona.p(sona.g(x).mean((2, 3), keepdim=True))
+        cells["averaged"] = mean_ap()
+        sona.forward = lambda x: x + constant
+        cells["constant"] = mean_ap()
+        sona.forward = lambda x: x
+        cells["removed"] = mean_ap()
+        reestimate_batch_norms(network, batches())
+        cells["removed re-estimated"] = mean_ap()
+        sona.forward = as_trained
+    reestimate_batch_norms(network, batches())
+    cells["re-estimated"] = mean_ap()
+    return cells
+
+
+@torch.inference_mode()
+def pattern(network: nn.Module, paths: list[str], height: int, width: int) -> dict[str, str]:
+    """How much the attention and p(z) differ between positions, on test images."""
+    device = next(network.parameters()).device
+    images = torch.stack([image for image, _ in ImageDataset(paths, paths, height, width)])
+    sona, x = sona_input(network, normalize(images.to(device)))
+    strongest = sona.attention(x).amax(2) * x[0, 0].numel()  # (B, HW), 1 where uniform
+    change = (sona(x) - x).flatten(2)  # p(z): (B, C, HW)
+    mean = change.mean(2, keepdim=True).expand_as(change)
+    spread = (change - mean).norm() / mean.norm()
+    return {"strongest": f"{strongest.median():.3f}", "spread": f"{spread:.1%}"}
+
+
+@torch.inference_mode()
+def mean_change(network: nn.Module, sona: SONA, batches: DataLoader) -> Tensor:
+    """The mean of p(z) over all positions of all images, (C, 1, 1)."""
+    device = next(network.parameters()).device
+    sums = []
+    hook = sona.p.register_forward_hook(
+        lambda _module, _inputs, change: sums.append(change.mean((2, 3)).sum(0))
     )
-    sona, x = sona_input(network, normalize(images))
-    with torch.inference_mode():
-        weights = sona.attention(x) * x[0, 0].numel()  # (B, HW, HW), 1 where uniform
-        change = (sona(x) - x).flatten(2)  # p(z): (B, C, HW)
-    gains, strongest = sona.theta[1].weight, weights.amax(2)  # (d,); (B, HW)
-    mean = change.mean(2, keepdim=True).expand_as(change)  # over positions
-    sona.forward = lambda x, sona=sona: x + sona.p(sona.g(x).mean((2, 3), keepdim=True))
-    averaged = evaluate(network, *test)[1].mean_ap
-    sona.forward = lambda x: x
-    without = evaluate(network, *test)[1].mean_ap
-    print(
-        f"  with every row the average {averaged:.2%}, with SONA taken out {without:.2%}\n"
-        f"  gains {gains.min():.2f} to {gains.max():.2f}; weights x HW {weights.min():.2f} to {weights.max():.2f}, "
-        f"strongest of a position {strongest.median():.3f}\n"
-        f"  p(z) {change.norm() / x.norm():.2f} of x, spread {(change - mean).norm() / mean.norm():.2%}",
-        flush=True,
-    )
+    for images, _ in batches:
+        network(normalize(images.to(device)))
+    hook.remove()
+    return sum(sums)[:, None, None] / len(batches.dataset)
+
+
+@torch.inference_mode()
+def reestimate_batch_norms(network: nn.Module, batches: DataLoader) -> None:
+    """Running statistics anew: the average over batches, everything else in eval mode."""
+    device = next(network.parameters()).device
+    network.eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the plain average
+            module.train()
+    for images, _ in batches:
+        network(normalize(images.to(device)))
+    network.eval()
+
+
+# ---------- The picture ---------------------------------------------------------------------------
+
+PANEL = (112, 224)  # width and height of an image
+# From dark to bright, as perceived, so that the scale reads in grey, too.
+COLOURS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
+
+
+def draw(runs: list[str], data_dir: str | None, query: int) -> Image.Image:
+    """A row of panels per run: how strongly each of POINTS attends to each position."""
+    captions = []
+    maps = []  # of each run: point -> (h, w), weights over the uniform one
+    for run in runs:
+        network, settings = load_run(run)
+        splits = load_dataset(settings["dataset"], data_dir or settings["data_dir"])
+        path = splits["query"].paths[query]
+        maps.append(weights_of_points(network, path, settings["height"], settings["width"]))
+        strongest = max(weights.max() for weights in maps[-1].values())
+        captions.append(f"{Path(run).name}: strongest weight {strongest:.3g} x uniform")
+    high = max(weights.max() for row in maps for weights in row.values())
+
+    photo = TF.to_pil_image(read_image(path)).resize(PANEL)
+    column_width = PANEL[0] + 8
+    row_height = PANEL[1] + 52
+    size = (column_width * len(POINTS) + 8, row_height * len(runs) + 48)
+    picture = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(picture)
+    for i, (caption, row) in enumerate(zip(captions, maps, strict=True)):
+        top = i * row_height
+        pen.text((8, top + 6), caption, "black", font_size=16)
+        for j, (name, weights) in enumerate(row.items()):
+            left = 8 + j * column_width
+            picture.paste(panel(photo, weights / high, POINTS[name]), (left, top + 28))
+            below = f"{name}, {weights.max():.3g} x"
+            pen.text((left, top + PANEL[1] + 30), below, "black", font_size=14)
+
+    # the common scale
+    top = size[1] - 40
+    steps = np.linspace(0, 1, size[0] - 16)
+    bar = Image.fromarray(np.tile(colour(steps), (14, 1, 1)))
+    picture.paste(bar, (8, top))
+    pen.text((8, top + 18), "0", "black", font_size=14)
+    uniform = 8 + (size[0] - 16) / high
+    pen.line((uniform, top, uniform, top + 18), "#20e040", 2)
+    pen.text((uniform + 3, top + 18), "uniform", "black", font_size=14)
+    pen.text((size[0] - 8, top + 18), f"{high:.3g} x", "black", font_size=14, anchor="ra")
+    return picture
+
+
+@torch.inference_mode()
+def weights_of_points(
+    network: nn.Module, path: str, height: int, width: int
+) -> dict[str, np.ndarray]:
+    """Each of POINTS' rows of the attention, (h, w), times HW: 1 where uniform."""
+    device = next(network.parameters()).device
+    image, _ = ImageDataset([path], [0], height, width)[0]
+    sona, x = sona_input(network, normalize(image[None].to(device)))
+    rows, columns = x.shape[2:]
+    weights = rows * columns * sona.attention(x)[0].cpu().numpy()  # (HW, HW)
+    points = {}
+    for name, (top, left) in POINTS.items():
+        point = int(top * rows) * columns + int(left * columns)
+        points[name] = weights[point].reshape(rows, columns)
+    return points
+
+
+def panel(photo: Image.Image, shares: np.ndarray, point: tuple[float, float]) -> Image.Image:
+    """A heat map (h, w) from 0 to 1 over a photo in grey, with the point's position framed."""
+    rows, columns = shares.shape
+    heat = Image.fromarray(colour(shares)).resize(photo.size, Image.Resampling.NEAREST)
+    image = Image.blend(photo.convert("L").convert("RGB"), heat, 0.65)
+    width = photo.width / columns
+    height = photo.height / rows
+    left = int(point[1] * columns) * width
+    top = int(point[0] * rows) * height
+    frame = (left, top, left + width - 1, top + height - 1)
+    ImageDraw.Draw(image).rectangle(frame, outline="#20e040", width=3)
+    return image
+
+
+def colour(shares: np.ndarray) -> np.ndarray:
+    """Shares (...) from 0 to 1 -> (..., 3) uint8."""
+    stops = np.linspace(0, 1, len(COLOURS))
+    channels = [np.interp(shares, stops, channel) for channel in COLOURS.T]
+    return np.stack(channels, -1).astype(np.uint8)
+
+
+if __name__ == "__main__":
+    main()

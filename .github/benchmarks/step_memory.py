@@ -1,9 +1,12 @@
-"""The peak memory of a training step, of this process on a CPU: what README's memory formula is checked by.
+"""The peak memory of a training step, on a CPU: a check of README's memory estimate.
 
-From the repository's folder: PYTHONPATH=. python .github/benchmarks/step_memory.py 128 --recompute --precision bf16
+From the repository's folder, with the number of images in the batch:
+
+    PYTHONPATH=. python .github/benchmarks/step_memory.py 128 --recompute --precision bf16
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -12,8 +15,10 @@ from model import SONANet
 from train import PRECISIONS, Passes
 
 
-def peak():  # GiB
-    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**20
+def peak():
+    """This process's peak memory in GiB (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
 parser = argparse.ArgumentParser()
@@ -31,8 +36,10 @@ network = SONANet(767).to(memory_format=torch.channels_last).train()
 optimizer = torch.optim.Adam(network.parameters(), fused=True)
 model = Passes(network, args.images_per_pass, 0, args.precision, args.recompute)
 images = torch.randint(256, (args.images, 3, args.height, args.width), dtype=torch.uint8)
+labels = torch.arange(args.images) // 4
 for step in range(2):  # Adam's state is there from the second on
+    loss, _ = branch_losses(model(images, (0, 0, step)), labels)
     optimizer.zero_grad()
-    branch_losses(model(images, (0, 0, step)), torch.arange(args.images) // 4)[0].backward()
+    loss.backward()
     optimizer.step()
 print(f"{peak() - before:.1f} GiB above the {before:.1f} of PyTorch itself")

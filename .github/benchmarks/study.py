@@ -1,40 +1,65 @@
-"""Train the rows of the study of attention in README.md: `train.py` with one thing changed, on the toy.
+"""Train a row of README.md's study of attention: `train.py` on the toy, with one thing changed.
 
-From the repository's folder: PYTHONPATH=. python .github/benchmarks/study.py ROW SEED [more flags of train.py]
-with ROW one of paper, decay (weight decay on theta, too), d1 and d05 (scale d^-1, d^-0.5), none (no SONA: BL+DB+) and
-bl (no DropBlock+ either: BL).
+From the repository's folder, for each row and seed:
+
+    PYTHONPATH=. python .github/benchmarks/study.py ROW SEED [more flags of train.py]
+
+ROW is one of
+    default  the network as it is: SONA after stage 2, DropBlock+
+    uniform  every attention weight 1 / HW, in training and evaluation: z is the mean of g
+    d1       the scale of Eq. 2 is d^-1 instead of d^-1.5
+    d05      the scale is d^-0.5
+    none     no SONA (BL+DB+)
+    bl       neither SONA nor DropBlock+ (BL)
+
+The run goes to runs/ROW-SEED and resumes if it was interrupted. It uses one thread.
 """
 
 import sys
+from functools import partial
 
 import torch
+from torch import Tensor
 
 import train
 from model import PLACEMENTS, SONA
 
 
+class Uniform(SONA):
+    """SONA with 1 / HW in place of the softmax."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.p(self.g(x).mean((2, 3), keepdim=True))
+
+    def attention(self, x: Tensor) -> Tensor:
+        positions = x[0, 0].numel()
+        return x.new_full((len(x), positions, positions), 1 / positions)
+
+
 class Scaled(SONA):
-    def __init__(self, channels, reduction=2, power=-1.0):
-        super().__init__(channels, reduction)
-        self.scale = (channels // reduction) ** power
+    """SONA whose scale is another power of d."""
+
+    def __init__(self, channels: int, power: float) -> None:
+        super().__init__(channels)
+        self.scale = self.g.out_channels**power
 
 
-PLACEMENTS["d1"] = {"stage2": Scaled}
-PLACEMENTS["d05"] = {"stage2": lambda channels: Scaled(channels, power=-0.5)}
+PLACEMENTS["uniform"] = {"stage2": Uniform}
+PLACEMENTS["d1"] = {"stage2": partial(Scaled, power=-1)}
+PLACEMENTS["d05"] = {"stage2": partial(Scaled, power=-0.5)}
+
+ROWS = {
+    "default": "--sona 2",
+    "uniform": "--sona uniform",
+    "d1": "--sona d1",
+    "d05": "--sona d05",
+    "none": "--sona none",
+    "bl": "--sona none --drop none",
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     row, seed, *more = sys.argv[1:]
-    if row == "decay":
-        train.adam = lambda network, lr: torch.optim.Adam(
-            network.parameters(), lr, weight_decay=5e-4, fused=True
-        )
-    sona = {"bl": "none --drop none"}.get(row, row if row in PLACEMENTS else "2")
-    flags = f"--sona {sona} --seed {seed} --output runs/{row}-{seed} --resume"
-    sys.argv = [
-        "train.py",
-        *"--ids-per-batch 4 --epochs 60 --eval-every 0".split(),
-        *flags.split(),
-        *more,
-    ]
+    flags = f"--ids-per-batch 4 --epochs 60 --eval-every 0 --seed {seed} {ROWS[row]}"
+    sys.argv = ["train.py", *flags.split(), "--output", f"runs/{row}-{seed}", "--resume", *more]
     train.main()

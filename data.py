@@ -135,7 +135,7 @@ def load_dataset(name, data_dir):
 
     The toy is drawn on first use. Raises DataError if the set is not found or cannot be used.
     """
-    if name == "toy" and not search(name, data_dir):
+    if name == "toy" and not find_folders(name, data_dir):
         draw_toy(Path(data_dir, "toy"))
     folder = find_folder(name, data_dir)
     splits = {split: read_split(folder / subfolder) for split, subfolder in FOLDERS.items()}
@@ -151,7 +151,7 @@ def find_folder(name, data_dir):
 
     Raises DataError if there is none, or several at the first level that has any.
     """
-    folders = search(name, data_dir)
+    folders = find_folders(name, data_dir)
     if len(folders) == 1:
         return folders[0]
     if folders:
@@ -160,14 +160,14 @@ def find_folder(name, data_dir):
     wanted = f"named like '{DATASETS[name].words}' with {', '.join(FOLDERS.values())}"
     if name.startswith("cuhk03"):
         wanted += " (cuhk-03.mat is the raw release; use cuhk03-np)"
-    others = [other for other in DATASETS if search(other, data_dir)]
+    others = [other for other in DATASETS if find_folders(other, data_dir)]
     there = f"; there is --dataset {' and '.join(others)}" if others else ""
     raise DataError(
         f"{name}: found no folder {wanted} in {str(data_dir)!r} or up to three folders below{there}"
     )
 
 
-def search(name, data_dir):
+def find_folders(name, data_dir):
     """The set's folders at the first level that has any; that of the exact name, if it is there."""
 
     def squash(text):  # without punctuation

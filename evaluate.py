@@ -335,16 +335,17 @@ def nearest(query, gallery, skip=None):
 
 
 def search(query, gallery, features, aps):
-    """A picture of queries with their five nearest images; ten are printed, too, for photos.
+    """A picture of ten queries with their five nearest images.
 
-    features are those of all queries, then the gallery's; aps the queries' average precisions, of
-    which ten are chosen, from the highest down. Photos have neither these nor identities.
+    features are those of all queries, then the gallery's. aps are the queries' average precisions,
+    from the highest of which down ten are chosen. Photos have neither these nor identities: the
+    first ten are drawn, and the ten nearest images of each are printed.
     """
     query_features, gallery_features = np.split(features, [len(query.paths)])
     chosen = range(len(query.paths))
     if aps is not None:
         order = np.argsort(-aps)[: np.count_nonzero(~np.isnan(aps))]
-        chosen = order[np.unique(np.linspace(0, len(order) - 1, 10).astype(int))]
+        chosen = order[:: math.ceil(len(order) / 10)]
     rows = []
     for q in chosen:
         path = query.paths[q]
@@ -361,7 +362,8 @@ def search(query, gallery, features, aps):
             for i, distance in nearest(query_features[q], gallery_features, own):
                 caption = f"camera {gallery.cams[i]}\n{distance:.2f}"
                 row.append(tile(gallery.paths[i], GREEN if same_id[i] else RED, caption))
-        rows.append(row[:6])
+        if len(rows) < 10:
+            rows.append(row[:6])
     return draw_rows(rows, "Queries (blue), their nearest images and distances")
 
 
@@ -382,8 +384,8 @@ def draw_rows(rows, title):
     """Rows of tiles, each a framed image with its caption below."""
     width = TILE[0] + 14
     height = TILE[1] + 52
-    columns = max(map(len, rows))
-    picture = Image.new("RGB", (width * columns + 4, height * len(rows) + 32), "white")
+    size = width * max(map(len, rows)) + 4, height * len(rows) + 32
+    picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
     draw.text((9, 8), title, "black", font_size=15)
     for i, row in enumerate(rows):

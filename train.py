@@ -217,7 +217,12 @@ def parse_args():
     add("--width", type=int, default=128, help="image width in pixels [%(default)s]")
     add("--workers", type=int, default=2, help="data-loader processes per GPU [%(default)s]")
     add("--sona", choices=PLACEMENTS, default="2", help="stages that SONA follows [%(default)s]")
-    add("--drop", choices=DROPS, default="dropblock+", help="local drop layer [%(default)s]")
+    add(
+        "--drop",
+        choices=DROPS,
+        default="dropblock+",
+        help="local branch's drop layer [%(default)s]",
+    )
     add(
         "--weights",
         default="imagenet",
@@ -245,7 +250,7 @@ def parse_args():
         help="peak learning rate; lower it for small batches [%(default)s]",
     )
     add("--margin", type=float, help="hard triplet margin, e.g. 0.3 [soft margin]")
-    add("--seed", type=at_least(0), default=0, help="the paper averages four runs [%(default)s]")
+    add("--seed", type=at_least(0), default=0, help="the paper averages four [%(default)s]")
     add("--output", help="folder of the run [runs/DATASET]")
     add("--resume", action="store_true", help="resume the run in --output, or start it if none")
     add(
@@ -269,7 +274,7 @@ def parse_args():
     add(
         "--precision",
         choices=PRECISIONS,
-        help="[fp16 on GPUs of compute capability 7.0 or more, float32 elsewhere]",
+        help="in training [fp16 on GPUs of compute capability 7.0 or more, float32 elsewhere]",
     )
     add(
         "--compile",

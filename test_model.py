@@ -707,11 +707,13 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "torn.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "script.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    Image.new("L", (9, 9)).save(tmp_path / "other.jpg", format="GIF")
     touch(tmp_path, "empty.bmp")
     touch(tmp_path / "folder.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")
     names = (
         "torn.jpg",
+        "other.jpg",
         "text.png",
         "script.jpg",
         "empty.bmp",
@@ -899,14 +901,22 @@ def test_a_pass_has_its_own_random_numbers():
 
 
 def test_batch_norm_treats_passes_apart():
-    network, alone = SONANet(4, drop="none"), SONANet(4, drop="none")
+    network = SONANet(4, drop="none")
+    alone = deepcopy(network)
     images = torch.randint(256, (8, 3, 32, 16), dtype=torch.uint8)
-    alone.load_state_dict(network.state_dict())
     outputs = Passes(network, 4)(images, (0, 0, 0))
-    for i in (1, 0):
+    for i in (0, 1):
         expected = Passes(alone, 4, rank=i)(images[4 * i :][:4], (0, 0, 0))
         for branch in ("global", "local"):
             torch.testing.assert_close(outputs[branch][0][4 * i :][:4], expected[branch][0])
+
+
+def test_the_first_passs_statistics_are_kept():
+    network = SONANet(4, drop="none")
+    alone = deepcopy(network)
+    images = torch.randint(256, (8, 3, 32, 16), dtype=torch.uint8)
+    Passes(network, 4)(images, (0, 0, 0))
+    Passes(alone, 4)(images[:4], (0, 0, 0))
     assert all(map(torch.equal, network.buffers(), alone.buffers()))
     assert network.stem[1].num_batches_tracked == 1
     Passes(alone, 4, rank=1)(images, (0, 0, 1))  # another process's passes change no statistics

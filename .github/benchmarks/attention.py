@@ -22,6 +22,7 @@ draws the attention of two runs in one query image, on one colour scale, and not
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -166,9 +167,10 @@ def draw(runs: list[str], data_dir: str | None, query: int) -> Image.Image:
         splits = load_dataset(settings["dataset"], data_dir or settings["data_dir"])
         path = splits["query"].paths[query]
         maps.append(weights_of_points(network, path, settings["height"], settings["width"]))
-        strongest = max(weights.max() for weights in maps[-1].values())
-        captions.append(f"{Path(run).name}: strongest weight {strongest:.3g} x uniform")
-    high = max(weights.max() for row in maps for weights in row.values())
+        sona = next(module for module in network.modules() if isinstance(module, SONA))
+        power = math.log(sona.scale) / math.log(sona.g.out_channels)
+        captions.append(f"scale d^{power:.1f}")
+    high = 4  # of the colour scale; stronger weights look the same
 
     photo = TF.to_pil_image(read_image(path)).resize(PANEL)
     column_width = PANEL[0] + 8
@@ -181,9 +183,10 @@ def draw(runs: list[str], data_dir: str | None, query: int) -> Image.Image:
         pen.text((8, top + 6), caption, "black", font_size=16)
         for j, (name, weights) in enumerate(row.items()):
             left = 8 + j * column_width
-            picture.paste(panel(photo, weights / high, POINTS[name]), (left, top + 28))
-            below = f"{name}, {weights.max():.3g} x"
-            pen.text((left, top + PANEL[1] + 30), below, "black", font_size=14)
+            shares = (weights / high).clip(max=1)
+            picture.paste(panel(photo, shares, POINTS[name]), (left, top + 28))
+            below = f"{name}: {weights.max():.2f} x"
+            pen.text((left, top + PANEL[1] + 30), below, "black", font_size=12)
 
     # the common scale
     top = size[1] - 40
@@ -194,7 +197,7 @@ def draw(runs: list[str], data_dir: str | None, query: int) -> Image.Image:
     uniform = 8 + (size[0] - 16) / high
     pen.line((uniform, top, uniform, top + 18), "#20e040", 2)
     pen.text((uniform + 3, top + 18), "uniform", "black", font_size=14)
-    pen.text((size[0] - 8, top + 18), f"{high:.3g} x", "black", font_size=14, anchor="ra")
+    pen.text((size[0] - 8, top + 18), f"{high} x and more", "black", font_size=14, anchor="ra")
     return picture
 
 

@@ -91,6 +91,7 @@ def main():
     if weights not in (None, "imagenet"):
         weights = load_tensors(weights)
     network = SONANet(len(identities), args.sona, args.drop, weights)
+    del weights  # a run's last.pt has 0.4 GB
     network.to(device, memory_format=memory_format(device, args.precision))
     # Not in the paper: weight decay 5e-4, as an L2 term, on all parameters.
     optimizer = torch.optim.Adam(network.parameters(), args.lr, weight_decay=5e-4, fused=True)

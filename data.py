@@ -185,7 +185,7 @@ def find_folders(name, data_dir):
                 names = Path(os.path.abspath(folder)).parts[-2:]
                 if pattern.search("/".join(map(squash, names))):
                     found.append(folder)
-            elif os.path.isdir(folder):
+            if os.path.isdir(folder) and folder.name not in FOLDERS.values():
                 below += sorted(folder.glob("[!._]*"))
         if found:
             exact = [folder for folder in found if squash(folder.name) == "".join(words)]
@@ -270,8 +270,9 @@ def read_image(path):
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return TF.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # what Pillow raises depends on where a file is damaged
-        reason = f"cannot read the image {str(path)!r}: {error}"
-        raise DataError(f"{reason}; replace or remove it") from error
+        raise DataError(
+            f"cannot read the image {str(path)!r}: {error}; replace or remove it"
+        ) from error
 
 
 def normalize(images):
@@ -361,8 +362,8 @@ class IdentitySampler:
         drawn = []  # for all identities, so that all processes use the same random numbers
         for identity in rng.permutation(len(self.images_of_id)):
             indices = self.images_of_id[identity]
-            few = len(indices) < self.images_per_id
-            drawn.append(rng.choice(indices, self.images_per_id, few))
+            # with replacement if there are too few
+            drawn.append(rng.choice(indices, self.images_per_id, len(indices) < self.images_per_id))
         for step in range(len(self)):
             start = step * self.ids_per_batch + self.rank * self.ids_per_process
             yield np.concatenate(drawn[start : start + self.ids_per_process]).tolist()

@@ -167,9 +167,8 @@ def extract_features(network, paths, height, width, workers=0):
     share = len(paths)
     if dist.is_initialized():
         rank = dist.get_rank()
-        share = math.ceil(
-            share / dist.get_world_size()
-        )  # the last are padded with the first images
+        # The last processes are padded with the first images.
+        share = math.ceil(share / dist.get_world_size())
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
     own = [paths[i % len(paths)] for i in range(rank * share, (rank + 1) * share)]
@@ -337,9 +336,9 @@ def nearest(query, gallery, skip=None):
 def search(query, gallery, features, aps):
     """A picture of ten queries with their five nearest images.
 
-    features are those of all queries, then the gallery's. aps are the queries' average precisions,
-    from the highest of which down ten are chosen. Photos have neither these nor identities: the
-    first ten are drawn, and the ten nearest images of each are printed.
+    features are those of all queries, then the gallery's. aps are the queries' average precisions:
+    ten queries are chosen, from the highest down. Photos have neither these nor identities: the
+    first ten are drawn, and the ten nearest images of each photo are printed.
     """
     query_features, gallery_features = np.split(features, [len(query.paths)])
     chosen = range(len(query.paths))

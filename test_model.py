@@ -633,6 +633,11 @@ def test_the_sets_that_are_there_are_named(tmp_path):
         data.find_folder("cuhk03", tmp_path)
 
 
+def test_a_set_is_found_below_another(tmp_path):
+    whole_set(tmp_path / "market1501", tmp_path / "market1501/cuhk03-np/labeled")
+    assert data.find_folder("cuhk03", tmp_path) == tmp_path / "market1501/cuhk03-np/labeled"
+
+
 def test_words_of_a_set_match_in_any_case_and_punctuation(tmp_path):
     whole_set(tmp_path / "my_MALL v2")
     with mock.patch.dict(DATASETS, {"my": data.Source("My-Mall")}):

@@ -63,13 +63,17 @@ def main():
     args, resumed = parse_args()
     device, rank, processes = start_process()
     args.precision = args.precision or default_precision(device)
+    output = Path(args.output)
     history = resumed.get("history", [])  # a record for each epoch
     epochs = range(len(history), args.epochs)
     if args.resume and not resumed:
         print(f"no run in {args.output} yet: starting one")
     elif resumed:
-        state = f"resuming {args.output} at epoch {len(history)} of {args.epochs}"
-        print(state if epochs else f"{args.output} is finished")
+        print(
+            f"resuming {args.output} at epoch {len(history)} of {args.epochs}"
+            if epochs
+            else f"{args.output} is finished"
+        )
 
     # data
     splits = load_dataset(args.dataset, args.data_dir)
@@ -107,8 +111,6 @@ def main():
     if processes > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     print(f"SONA {args.sona}, drop {args.drop}; {processes} x {device.type}, {args.precision}\n")
-
-    output = Path(args.output)
 
     def save_run():
         """last.pt is the run; log.jsonl and args.json are for people to read."""

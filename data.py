@@ -39,7 +39,7 @@ class Source(NamedTuple):
     """A data set in the Market-1501 layout."""
 
     words: str  # in its folder's name: "market 1501" for Market-1501-v15.09.15
-    counts: dict[str, tuple[int, int]] = {}  # published (images, identities) (Table 1)
+    counts: dict[str, tuple[int, int]] = {}  # published (images, identities): Table 1, Sec. 3.1
 
 
 DATASETS = {
@@ -78,7 +78,7 @@ class DataError(ValueError):
 
 
 def run_program(main):
-    """Call main; a DataError, or an OSError that names its file, ends the program in one line."""
+    """Calls main; a DataError, or an OSError that names its file, ends it with one line."""
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that a terminal cannot show
     try:
         main()
@@ -99,7 +99,7 @@ def load_tensors(path, *keys: str):
     except OSError:
         raise
     except Exception as error:  # what torch raises depends on how a file is damaged
-        raise DataError(f"{str(path)!r} is damaged, or no file of weights") from error
+        raise DataError(f"{str(path)!r} is damaged or not a file of weights") from error
     if missing:
         raise DataError(f"{str(path)!r} has no {', '.join(missing)}: it is not a run's last.pt")
     return content
@@ -156,7 +156,7 @@ def find_folder(name, data_dir):
         return folders[0]
     if folders:
         found = " and ".join(repr(str(folder)) for folder in folders)
-        raise DataError(f"{name}: found {found}; choose one by --data-dir")
+        raise DataError(f"{name}: found {found}; choose one with --data-dir")
     wanted = f"named like '{DATASETS[name].words}' with {', '.join(FOLDERS.values())}"
     if name.startswith("cuhk03"):
         wanted += " (cuhk-03.mat is the raw release; use cuhk03-np)"
@@ -261,7 +261,7 @@ def read_image(path):
         if not os.path.isfile(path):  # a named pipe would be waited for
             raise OSError("no such file")
         with Image.open(path, formats=FORMATS) as image:
-            # Read here, dropped there: exif_transpose writes what it finds again, and may fail to.
+            # Read it, then drop it from info: exif_transpose would write it back, and may fail to.
             image.getexif()
             image.info.pop("exif", None)
             image = ImageOps.exif_transpose(image)  # phones may store a photo sideways
@@ -283,7 +283,7 @@ def normalize(images):
     if images.dtype != torch.uint8:
         raise TypeError(f"expected images in uint8, 0 to 255, not {images.dtype}")
     images = images.float()
-    # Plain numbers: a tensor would have to be copied to the GPU, and the copy waited for.
+    # Plain numbers: a tensor would have to be copied to the GPU, and Python would wait for it.
     for channel, mean, std in ((0, 0.485, 0.229), (1, 0.456, 0.224), (2, 0.406, 0.225)):
         images[:, channel].sub_(255 * mean).div_(255 * std)
     return images
@@ -299,7 +299,7 @@ def cutout(images, probability=0.5):
     """Cutout: (B, C, H, W) normalised floats -> the same with a square of zeros (Sec. 3.2).
 
     Not in the paper: probability 0.5, one 64 x 64 square inside the image, 0 after normalisation;
-    at sizes other than 384 x 128, the same share of the area, 1/12.
+    at sizes other than 384 x 128, about the same share of the area, 1/12.
     """
     batch, _, height, width = images.shape
     side = min(round(math.sqrt(height * width / 12)), height, width)
@@ -381,7 +381,7 @@ CLOTHES = (
 def draw_toy(folder):
     """64 people to train on, 3 images from each of 4 cameras; 50 others to find.
 
-    Of those, each camera has 1 query image and 1 gallery image.
+    Each camera has 1 query image and 1 gallery image of each of those.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:

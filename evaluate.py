@@ -47,9 +47,7 @@ from model import SONA, SONANet
 class Ranking(NamedTuple):
     """Metrics of a ranking, as fractions."""
 
-    cmc: (
-        np.ndarray
-    )  # (max_rank,): cmc[k - 1] is the share of queries with a match among the first k
+    cmc: np.ndarray  # (max_rank,): [k - 1] is the share of queries with a match in the first k
     mean_ap: float
     average_precisions: np.ndarray  # (queries,), nan if left out
 
@@ -65,6 +63,8 @@ def evaluate_ranking(
 ):
     """CMC and average precision of single queries, by the Market-1501 protocol (Zheng et al. 2015).
 
+    To copy it, take Ranking, `import numpy as np` and `from typing import NamedTuple`, too.
+
         ranking = evaluate_ranking(features, gallery_features, ids, gallery_ids, cams, gallery_cams)
         print(f"mAP {ranking.mean_ap:.2%}, Rank-1 {ranking.cmc[0]:.2%}")
 
@@ -74,7 +74,7 @@ def evaluate_ranking(
     float32); equal distances rank in gallery order; AP is the mean of the precisions at each true
     match; queries without a true match from another camera are left out of the mean.
 
-    Raises ValueError if shapes do not match, ids or cams are no integers, features are not finite,
+    Raises ValueError if shapes do not match, ids or cams are not integers, features are not finite,
     or no query has a true match.
     """
     queries = np.asarray(query_features)
@@ -87,8 +87,8 @@ def evaluate_ranking(
     if not all(np.can_cast(x.dtype, np.int64) for x in labels):
         raise ValueError("ids and cams must be integers of at most 64 bits")
     query_ids, query_cams, gallery_ids, gallery_cams = labels
-    # Moved to the gallery's middle, as |g|^2 / 2 - qg loses precision far from the origin; it is a
-    # median, which leaves whole numbers whole, so that equal distances stay equal.
+    # Moved to the gallery's middle, because |g|^2 / 2 - qg loses precision far from the origin. It
+    # is a median, which leaves whole numbers whole or half, so that equal distances stay equal.
     dtype = np.result_type(queries.dtype, gallery.dtype, np.float32)
     middle = np.median(gallery[:: len(gallery) // 100 + 1], 0).astype(dtype)
     queries = queries - middle
@@ -143,7 +143,7 @@ def default_precision(device):
 
 
 def memory_format(device, precision):
-    """The layout of a network in which its convolutions are fastest; their outputs follow it.
+    """The layout of a network in which its convolutions should be fastest; outputs follow it.
 
     channels_last, except in float32 on GPUs without tensor cores for it (before 8.0).
     """
@@ -185,8 +185,8 @@ def extract_features(network, paths, height, width, workers=0):
 
 
 def evaluate(network, query, gallery, height, width, workers=0):
-    """The ranking of a gallery for its queries by a network's features (Sec. 3.3)."""
-    paths = query.paths + gallery.paths  # together, so that readers start only once
+    """The ranking of a gallery for its queries by a network's embeddings (Sec. 3.3)."""
+    paths = query.paths + gallery.paths  # together, so that workers start only once
     features = extract_features(network, paths, height, width, workers)
     query_features, gallery_features = np.split(features, [len(query.paths)])
     return evaluate_ranking(
@@ -271,16 +271,16 @@ def main():
 def parse_args():
     parser = argparse.ArgumentParser(
         usage="%(prog)s RUN [RUN ...] [options]",
-        description="Evaluate trained runs: mAP and CMC with single queries.",
+        description="Evaluate trained runs: mAP, Rank-1, Rank-5 and Rank-10 of single queries.",
     )
     add = parser.add_argument
     add("runs", nargs="+", help="folder of a run; several give mean and standard deviation, too")
     add("--dataset", choices=DATASETS, help="data set to evaluate on [the last RUN's]")
     add("--data-dir", help="folder that holds the data sets [as in training]")
     add("--workers", type=int, default=2, help="data-loader processes [%(default)s]")
-    add("--ranking", type=png, help="PNG to draw, too: queries and their nearest images")
-    add("--attention", type=png, help="PNG to draw, only: attention, as in Fig. 3")
-    add("--curves", type=png, help="PNG to draw, only: losses and mAP of the RUNs")
+    add("--ranking", type=png, help="also draw this PNG: queries and their nearest images")
+    add("--attention", type=png, help="only draw this PNG: attention, as in Fig. 3")
+    add("--curves", type=png, help="only draw this PNG: losses and mAP of the RUNs")
     add("--query", nargs="+", help="your own photos, each cropped to one person, or their folders")
     add("--gallery", help="folder to search for them, with its subfolders")
     args = parser.parse_args()
@@ -322,7 +322,7 @@ def find_images(names):
 
 
 def nearest(query, gallery, skip=None):
-    """The indices and distances of the ten features nearest to one, from the nearest on.
+    """The indices and distances of the ten embeddings nearest to a query's, from the nearest on.
 
     query (D,), gallery (N, D); skip (N,) bool, which to pass over.
     """
@@ -336,7 +336,7 @@ def nearest(query, gallery, skip=None):
 def search(query, gallery, features, aps):
     """A picture of ten queries with their five nearest images.
 
-    features are those of all queries, then the gallery's. aps are the queries' average precisions:
+    features: embeddings of queries, then the gallery's. aps are the queries' average precisions:
     ten queries are chosen, from the highest down. Photos have neither these nor identities: the
     first ten are drawn, and the ten nearest images of each photo are printed.
     """
@@ -442,7 +442,7 @@ def draw_attention(network, paths, height, width):
                 colour = "#20e040" if position == point else "#ff2020"
                 ImageDraw.Draw(marked).ellipse((x - 4, y - 4, x + 4, y + 4), colour, "black")
             drawn[-1].append((marked, "white", f"{name}\n{100 * (values[0] - 1):+.2g} %"))
-    title = "Green: a point; red: the ten it attends to most, by how much above the uniform weight"
+    title = "Green: a point. Red: the ten it attends to most. %: the strongest above uniform"
     return draw_rows(drawn, title)
 
 

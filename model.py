@@ -84,9 +84,10 @@ class SONA(nn.Module):
 class DropBlockPlus(nn.Module):
     """DropBlock with separate block height and width: (B, C, H, W) -> same (Sec. 2.1, 3.2).
 
-    Not in the paper: drop_rate, its gamma, is the share of positions to drop if no blocks overlap.
-    Blocks lie inside the map; one larger than the map is clipped to it. An image's channels share
-    one mask. What remains is divided by the mean of all masks in the pass. Identity in eval mode.
+    drop_rate is the paper's gamma. Not in the paper: it is the share of positions to drop if no
+    blocks overlap. Blocks lie inside the map; one larger than the map is clipped to it. All
+    channels of an image share one mask. What remains is divided by the mean of all masks in the
+    pass. Identity in eval mode.
     """
 
     def __init__(self, drop_rate: float = 0.1, block_height: int = 5, block_width: int = 8) -> None:
@@ -166,7 +167,7 @@ DROPS = {
 
 
 class SONANet(nn.Module):
-    """The network of Fig. 2. Faster if its parameters are in torch.channels_last format.
+    """The network of Fig. 2. Usually faster if its parameters are in torch.channels_last format.
 
     sona     where SONA is inserted, a key of PLACEMENTS
     drop     the local branch's drop layer, a key of DROPS
@@ -203,8 +204,8 @@ class SONANet(nn.Module):
         self.stage3_sona = sona_after("stage3", 1024)
         self.stage4 = backbone.layer4
 
-        # Not in the paper: new layers keep PyTorch's initialisation, except the classifiers'
-        # weights, whose standard deviation of 0.001 makes the cross-entropy start at
+        # Not in the paper: new layers keep PyTorch's initialisation, except SONA's p and the
+        # classifiers, whose weights' standard deviation of 0.001 makes the cross-entropy start at
         # ln(num_classes). On the local branch, SONA comes before the bottleneck, which has no
         # dilation.
         self.global_sona = sona_after("global", 2048)

@@ -621,7 +621,7 @@ def whole_set(*folders):
 
 def test_the_set_of_the_exact_name_is_taken_or_none_of_several(tmp_path):
     whole_set(tmp_path / "Market-1501-GAN", tmp_path / "Market-1501-old")
-    with pytest.raises(DataError, match="found '.*GAN' and '.*old'; choose one by --data-dir"):
+    with pytest.raises(DataError, match="found '.*GAN' and '.*old'; choose one with --data-dir"):
         data.find_folder("market1501", tmp_path)
     whole_set(tmp_path / "Market-1501")
     assert data.find_folder("market1501", tmp_path) == tmp_path / "Market-1501"
@@ -1633,7 +1633,7 @@ def test_processes_compare_what_they_read(market, run, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(train, "load_dataset", load)
     monkeypatch.setattr(train, "load_tensors", load_checkpoint)
-    with pytest.raises(mp.ProcessRaisedException, match="does not hold the same for all processes"):
+    with pytest.raises(mp.ProcessRaisedException, match="processes found different files"):
         launch(train, "--output", run[0], "--resume", "--epochs", 9, processes=2)
 
 
@@ -1799,7 +1799,7 @@ def test_a_damaged_checkpoint_is_named(run, tmp_path, content):
         torch.save({"conv1.weight": torch.zeros(3)}, file)
     else:
         file.write_text(content.replace("empty", ""))
-    message = f"error: '{file}' (is damaged, or no file of weights|has no network, .*)"
+    message = f"error: '{file}' (is damaged or not a file of weights|has no network, .*)"
     assert re.fullmatch(message, error_of("evaluate.py", tmp_path))
     assert re.fullmatch(message, error_of("train.py", "--output", tmp_path, "--resume"))
 
@@ -1815,7 +1815,7 @@ def test_missing_files_are_named(market, tmp_path):
 def test_several_processes_need_a_rank(monkeypatch, market, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = error_of("train.py", *market, "--output", tmp_path)
-    assert line == "error: WORLD_SIZE is set but RANK is not: start several processes by torchrun"
+    assert line == "error: WORLD_SIZE is set but RANK is not: start several processes with torchrun"
 
 
 FLAGS = {  # what is typed, and what is said of it

@@ -56,7 +56,7 @@ from model import DROPS, PLACEMENTS, SONANet
 TOY = dict(
     height=64, width=32, ids_per_batch=8, epochs=30, eval_every=10, weights="none", workers=0
 )
-CHECKPOINT_SECONDS = 300  # the least time between two checkpoints
+CHECKPOINT_SECONDS = 300  # the least time between two checkpoints, but for those of the end
 
 
 def main():
@@ -113,7 +113,7 @@ def main():
     print(f"SONA {args.sona}, drop {args.drop}; {processes} x {device.type}, {args.precision}\n")
 
     def save_run():
-        """last.pt is the run; log.jsonl and args.json are for people to read."""
+        """last.pt is the run; log.jsonl is for --curves and people, args.json for people."""
         checkpoint = {
             "network": network.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -171,7 +171,7 @@ def main():
     print(f"\nthe run is in {output}")
 
     if dist.is_initialized():
-        dist.barrier()  # gloo's threads may need the GIL to free tensors; a destroyer holds it
+        dist.barrier()  # gloo's threads may need the GIL to free tensors; destroying holds it
         del model  # DDP, too, holds the group, and would otherwise destroy it last
         dist.destroy_process_group()
 
@@ -230,7 +230,7 @@ def parse_args():
         "--weights",
         default="imagenet",
         metavar="{imagenet,none,PATH}",
-        help="initial weights; PATH is a ResNet-50's file, or a run's last.pt to fine-tune "
+        help="initial weights; PATH: a file of ResNet-50 weights, or a run's last.pt to fine-tune "
         "[%(default)s]",
     )
     add(
@@ -250,12 +250,12 @@ def parse_args():
         "--lr",
         type=float,
         default=1e-3,
-        help="peak learning rate; lower it for small batches [%(default)s]",
+        help="peak learning rate; lower it if the loss does not fall [%(default)s]",
     )
     add("--margin", type=float, help="hard triplet margin, e.g. 0.3 [soft margin]")
-    add("--seed", type=at_least(0), default=0, help="the paper averages four [%(default)s]")
+    add("--seed", type=at_least(0), default=0, help="random seed [%(default)s]")
     add("--output", help="folder of the run [runs/DATASET]")
-    add("--resume", action="store_true", help="resume the run in --output, or start it if none")
+    add("--resume", action="store_true", help="resume the run in --output; if none, start one")
     add(
         "--eval-every",
         type=at_least(0),
@@ -271,18 +271,18 @@ def parse_args():
     add(
         "--recompute",
         action=BooleanOptionalAction,
-        help="recompute activations in the backward pass: "
+        help="recompute activations during backward: "
         "with four passes, a third of the memory for a quarter more work",
     )
     add(
         "--precision",
         choices=PRECISIONS,
-        help="in training [fp16 on GPUs of compute capability 7.0 or more, float32 elsewhere]",
+        help="precision of training [fp16 on GPUs of compute capability 7.0 or more, else float32]",
     )
     add(
         "--compile",
         action=BooleanOptionalAction,
-        help="torch.compile the network: faster after the first minute; draws other drop masks",
+        help="torch.compile the network: may be faster after a minute; draws other drop masks",
     )
 
     typed = parser.parse_args()
@@ -323,9 +323,10 @@ def start_process():
     if gpu:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and "RANK" not in os.environ:
-        raise DataError("WORLD_SIZE is set but RANK is not: start several processes by torchrun")
+        raise DataError("WORLD_SIZE is set but RANK is not: start several processes with torchrun")
     if "RANK" in os.environ:
-        # gloo and NCCL do not survive a fork.
+        # gloo and NCCL do not survive a fork. Spawned readers import the scripts anew, at each
+        # evaluation, too: who edits them meanwhile trains from a copy.
         multiprocessing.set_start_method("spawn", force=True)
         dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     if rank > 0:
@@ -335,7 +336,7 @@ def start_process():
 
 def check_data(splits, identities, resumed, device):
     """Raises DataError unless the training identities are those of the run that is resumed, and
-    all processes have read the same data and resume at the same epoch."""
+    all processes have found the same files and resume at the same epoch."""
     expected = resumed.get("identities", identities)
     if identities != expected:
         folder = str(Path(splits["train"].paths[0]).parent)
@@ -346,7 +347,7 @@ def check_data(splits, identities, resumed, device):
         content += [*map(os.path.basename, paths), *ids.tolist(), *cams.tolist()]
     checksum = torch.tensor([zlib.crc32(repr(content).encode())], device=device)
     if (gather(checksum) != checksum).any():
-        raise DataError("--data-dir or --output does not hold the same for all processes")
+        raise DataError("the processes found different files: --data-dir or --output differs")
 
 
 def batches_of(sampler, epochs):
@@ -360,8 +361,8 @@ def learning_rate(epoch, epochs=400, peak=1e-3):
     """The warm-up and decay of Sec. 3.2 for an epoch, counted from 0.
 
     For 400 epochs: up by a tenth of the peak every 5 epochs, from a tenth at epoch 0 to the peak at
-    45; a tenth of the peak from epoch 200, a hundredth from 300. Other numbers of epochs scale
-    this.
+    45; a tenth of the peak from epoch 200, a hundredth from 300. Another number of epochs scales
+    this schedule.
     """
     paper_epoch = epoch * 400 // epochs
     if paper_epoch < 50:
@@ -376,12 +377,12 @@ def learning_rate(epoch, epochs=400, peak=1e-3):
 class Passes(nn.Module):
     """Runs the network on a process's share of a batch, in passes of images_per_pass images.
 
-    Not in the paper: passes, which are as large as the share of each of its GPUs. Batch norm treats
-    each pass separately, and only the whole batch's first pass updates the running statistics, as
-    DataParallel keeps the first GPU's. A pass's flips, cutouts and drop masks depend only on seed,
-    epoch, step and its number in the whole batch, so that a step is the same on any number of
-    processes. With recompute, only one pass's activations are in memory; the others' are recomputed
-    in backward.
+    Not in the paper: passes, presumably as large as the share of each of the paper's GPUs. Batch
+    norm treats each pass separately, and only the whole batch's first pass updates the running
+    statistics, as DataParallel keeps the first GPU's. A pass's flips, cutouts and drop masks depend
+    only on seed, epoch, step and its number in the whole batch, so that a step is the same on any
+    number of processes that have at least images_per_pass images each. With recompute, only one
+    pass's activations are in memory; the others' are recomputed in backward.
 
     forward: (B, 3, H, W) uint8 images and the step's random key, (seed, epoch, step) -> the outputs
     of SONANet for all of them. Raises ValueError if B is larger than images_per_pass and not a
@@ -442,7 +443,7 @@ def row(record, seconds_left):
 
 
 def save(state, path):
-    """Write a checkpoint; path always holds a complete one, the old or the new."""
+    """Writes a checkpoint; if the process is killed, path holds a complete one, old or new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as scratch:
         torch.save(state, scratch)

@@ -79,22 +79,25 @@ class DataError(ValueError):
 
 def run_program(main):
     """Calls main; a DataError, or an OSError that names its file, ends it with one line."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that a terminal cannot show
+    with suppress(AttributeError):  # a notebook's output has no reconfigure
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that a terminal cannot show
     try:
         main()
     except (DataError, OSError) as error:
+        # An OSError that names no file is not about data: None only there.
         if getattr(error, "filename", True) is None:
             raise
         sys.exit(f"error: {error}")
 
 
-def load_tensors(path, *keys: str):
+def load_tensors(path, *keys):
     """A checkpoint or file of weights, on the CPU; nothing in it is executed.
 
     Raises OSError if it cannot be opened, DataError if it is damaged or lacks one of the keys.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        # Here, because the content may be anything.
         missing = [key for key in keys if key not in content]
     except OSError:
         raise
@@ -131,7 +134,7 @@ class Split(NamedTuple):
 
 
 def load_dataset(name, data_dir):
-    """The train, query and gallery splits of a set in DATASETS, wherever it lies under data_dir.
+    """{"train": Split, "query": Split, "gallery": Split} of a set in DATASETS, under data_dir.
 
     The toy is drawn on first use. Raises DataError if the set is not found or cannot be used.
     """
@@ -188,6 +191,7 @@ def find_folders(name, data_dir):
             if os.path.isdir(folder) and folder.name not in FOLDERS.values():
                 below += sorted(folder.glob("[!._]*"))
         if found:
+            # Several exact names differ only in case or punctuation: the first one is taken.
             exact = [folder for folder in found if squash(folder.name) == "".join(words)]
             return exact[:1] or found
         level = below
@@ -221,10 +225,10 @@ def describe(name, splits):
     """The counts of each split, the published ones if they differ, and the folder."""
     lines = [f"{name:<16}{'images':>8}{'identities':>12}{'cameras':>9}"]
     for split, (paths, ids, cams) in splits.items():
-        people = np.unique(ids)
+        identities = np.unique(ids)
         if split == "gallery":  # there, identity 0 is a distractor unless a query has it
-            people = people[(people != 0) | np.isin(people, splits["query"].ids)]
-        counts = len(paths), len(people)
+            identities = identities[(identities != 0) | np.isin(identities, splits["query"].ids)]
+        counts = len(paths), len(identities)
         line = f"  {split:<14}{counts[0]:>8,}{counts[1]:>12,}{len(np.unique(cams)):>9}"
         published = DATASETS[name].counts.get(split, counts)
         if counts != published:
@@ -261,6 +265,8 @@ def read_image(path):
         if not os.path.isfile(path):  # a named pipe would be waited for
             raise OSError("no such file")
         with Image.open(path, formats=FORMATS) as image:
+            if image.mode[0] in "IF":  # Pillow would clip them to white
+                raise OSError("more than 8 bits per channel")
             # Read it, then drop it from info: exif_transpose would write it back, and may fail to.
             image.getexif()
             image.info.pop("exif", None)
@@ -311,7 +317,7 @@ def cutout(images, probability=0.5):
 
     square = random_interval(height)[:, None, :, None] & random_interval(width)[:, None, None]
     chosen = torch.rand(batch, 1, 1, 1, device=images.device) < probability
-    return images.masked_fill(square & chosen, 0)  # (B, 1, H, W)
+    return images.masked_fill(square & chosen, 0)  # mask: (B, 1, H, W)
 
 
 class IdentitySampler:
@@ -337,9 +343,9 @@ class IdentitySampler:
     ):
         labels = np.asarray(labels)
         self.images_of_id = [np.flatnonzero(labels == identity) for identity in np.unique(labels)]
-        people = len(self.images_of_id)
-        if people < ids_per_batch:
-            raise DataError(f"{people} identities, but a batch needs {ids_per_batch}")
+        identities = len(self.images_of_id)
+        if identities < ids_per_batch:
+            raise DataError(f"{identities} identities, but a batch needs {ids_per_batch}")
         if ids_per_batch % world_size:
             raise DataError(
                 f"{ids_per_batch} identities are not divisible by {world_size} processes"
@@ -362,7 +368,7 @@ class IdentitySampler:
         drawn = []  # for all identities, so that all processes use the same random numbers
         for identity in rng.permutation(len(self.images_of_id)):
             indices = self.images_of_id[identity]
-            # with replacement if there are too few
+            # The last argument: with replacement if there are too few.
             drawn.append(rng.choice(indices, self.images_per_id, len(indices) < self.images_per_id))
         for step in range(len(self)):
             start = step * self.ids_per_batch + self.rank * self.ids_per_process
@@ -441,7 +447,9 @@ def draw_pedestrian(person, camera, number):
     ImageDraw.Draw(torso).rounded_rectangle(at((-0.85, 0.83), (0.85, 0.47)), 10, 1)
     row = np.arange(256)[:, None] // 10
     column = (np.arange(128) - int(x)) // 10
-    second_colour = (row * (pattern & 1) + column * (pattern >> 1)) % 2 == 1  # plain to checks
+    second_colour = (
+        row * (pattern & 1) + column * (pattern >> 1)
+    ) % 2 == 1  # 0: plain, 1: hoops, 2: stripes, 3: checks
     canvas.paste(top, mask=torso)
     canvas.paste(second, mask=Image.fromarray(second_colour & np.asarray(torso)))
     if carries == 1:

@@ -52,9 +52,7 @@ class Ranking(NamedTuple):
     average_precisions: np.ndarray  # (queries,), nan if left out
 
     def metrics(self):
-        """The four metrics of the paper's tables. Raises ValueError if max_rank was below 10."""
-        if len(self.cmc) < 10:
-            raise ValueError(f"Rank-10 needs a max_rank of 10 or more, not {len(self.cmc)}")
+        """The four metrics of the paper's tables. Raises IndexError if max_rank was below 10."""
         return {"mean_ap": self.mean_ap} | {f"rank{k}": float(self.cmc[k - 1]) for k in (1, 5, 10)}
 
 
@@ -81,16 +79,18 @@ def evaluate_ranking(
     gallery = np.asarray(gallery_features)
     labels = [np.asarray(x) for x in (query_ids, query_cams, gallery_ids, gallery_cams)]
     shapes = [x.shape for x in (queries, gallery, *labels)]
-    q, g = len(queries), len(gallery)
-    if shapes[2:] != [(q,), (q,), (g,), (g,)] or 0 in (q, g):
+    num_q, num_g = len(queries), len(gallery)
+    expected = [(num_g, *shapes[0][1:]), (num_q,), (num_q,), (num_g,), (num_g,)]
+    if shapes[1:] != expected or 0 in (num_q, num_g):
         raise ValueError(f"queries and gallery, then their ids and cams, have the shapes {shapes}")
     if not all(np.can_cast(x.dtype, np.int64) for x in labels):
         raise ValueError("ids and cams must be integers of at most 64 bits")
     query_ids, query_cams, gallery_ids, gallery_cams = labels
     # Moved to the gallery's middle, because |g|^2 / 2 - qg loses precision far from the origin. It
-    # is a median, which leaves whole numbers whole or half, so that equal distances stay equal.
+    # is a median, of at most 100 images, which leaves whole numbers whole or half, so that equal
+    # distances stay equal.
     dtype = np.result_type(queries.dtype, gallery.dtype, np.float32)
-    middle = np.median(gallery[:: len(gallery) // 100 + 1], 0).astype(dtype)
+    middle = np.median(gallery[:: num_g // 100 + 1], 0).astype(dtype)
     queries = queries - middle
     gallery = gallery - middle
     half_norms = np.einsum("nd,nd->n", gallery, gallery) / 2
@@ -98,10 +98,10 @@ def evaluate_ranking(
         raise ValueError("the features hold nan, inf or numbers too large to square")
     half_norms[gallery_ids == -1] = np.inf  # junk comes last, behind every match
 
-    average_precisions = np.full(len(queries), np.nan)
+    average_precisions = np.full(num_q, np.nan)
     hits = np.zeros(max_rank)
-    slab = max(1, 2**23 // len(gallery))  # queries at a time: 32 MB of scores in float32
-    for start in range(0, len(queries), slab):
+    slab = max(1, 2**23 // num_g)  # queries at a time: 32 MB of scores in float32
+    for start in range(0, num_q, slab):
         # |q - g|^2 / 2 less |q|^2 / 2, which is the same for all g, ranks as the distance does.
         scores = half_norms - queries[start : start + slab] @ gallery.T  # (slab, gallery)
         for i, row in enumerate(scores, start):
@@ -147,19 +147,17 @@ def memory_format(device, precision):
 
     channels_last, except in float32 on GPUs without tensor cores for it (before 8.0).
     """
-    plain = device.type == "cuda" and precision == "float32"
-    if plain and torch.cuda.get_device_capability(device) < (8, 0):
-        return torch.contiguous_format
-    return torch.channels_last
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.contiguous_format if old and precision == "float32" else torch.channels_last
 
 
 @torch.inference_mode()
 def extract_features(network, paths, height, width, workers=0):
     """(N, 1536) test embeddings of images: the mean over an image and its mirror image (Sec. 3.2).
 
-    In float32, computed in the device's default_precision. Under torch.distributed, the processes
-    share the images, all use the first one's batch-norm statistics, and each returns all features.
-    Leaves the network in eval mode.
+    height and width are in pixels; returns a float32 array, computed in the device's
+    default_precision. Under torch.distributed, the processes share the images, all use the first
+    one's batch-norm statistics, and each returns all features. Leaves the network in eval mode.
     """
     device = next(network.parameters()).device
     dtype = PRECISIONS[default_precision(device)]
@@ -172,6 +170,7 @@ def extract_features(network, paths, height, width, workers=0):
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
     own = [paths[i % len(paths)] for i in range(rank * share, (rank + 1) * share)]
+    # no labels are needed
     loader = DataLoader(ImageDataset(own, own, height, width), 64, num_workers=workers)
     network.eval()
     features = []
@@ -181,11 +180,15 @@ def extract_features(network, paths, height, width, workers=0):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             embeddings = network(torch.cat([images, images.flip(3)]))  # (2B, 1536)
         features.append(embeddings.float().unflatten(0, (2, -1)).mean(0))
+    progress("")  # clears the line
     return gather(torch.cat(features))[: len(paths)].cpu().numpy()
 
 
 def evaluate(network, query, gallery, height, width, workers=0):
-    """The ranking of a gallery for its queries by a network's embeddings (Sec. 3.3)."""
+    """The Ranking of a gallery for its queries, both Splits, by a network's embeddings (Sec. 3.3).
+
+    Arguments and errors are those of extract_features and evaluate_ranking.
+    """
     paths = query.paths + gallery.paths  # together, so that workers start only once
     features = extract_features(network, paths, height, width, workers)
     query_features, gallery_features = np.split(features, [len(query.paths)])
@@ -255,8 +258,8 @@ def main():
             table.append(ranking.metrics())
             print(f"{run:<22}  {summary(table[-1])}")
         # Not in the paper: the population's deviation, as the paper's seem to be.
-        for title, statistic in ("mean", np.mean), ("standard deviation", np.std):
-            if len(runs) > 1:
+        if len(runs) > 1:
+            for title, statistic in ("mean", np.mean), ("standard deviation", np.std):
                 values = {key: statistic([metrics[key] for metrics in table]) for key in table[0]}
                 print(f"{title:<22}  {summary(values)}")
 
@@ -278,8 +281,12 @@ def parse_args():
     add("--dataset", choices=DATASETS, help="data set to evaluate on [the last RUN's]")
     add("--data-dir", help="folder that holds the data sets [as in training]")
     add("--workers", type=int, default=2, help="data-loader processes [%(default)s]")
-    add("--ranking", type=png, help="also draw this PNG: queries and their nearest images")
-    add("--attention", type=png, help="only draw this PNG: attention, as in Fig. 3")
+    add(
+        "--ranking",
+        type=png,
+        help="also draw this PNG: queries and their nearest images, for the last RUN",
+    )
+    add("--attention", type=png, help="only draw this PNG: attention of the last RUN, as in Fig. 3")
     add("--curves", type=png, help="only draw this PNG: losses and mAP of the RUNs")
     add("--query", nargs="+", help="your own photos, each cropped to one person, or their folders")
     add("--gallery", help="folder to search for them, with its subfolders")
@@ -322,7 +329,7 @@ def find_images(names):
 
 
 def nearest(query, gallery, skip=None):
-    """The indices and distances of the ten embeddings nearest to a query's, from the nearest on.
+    """A list of (index, distance) of the ten embeddings nearest to a query's, nearest first.
 
     query (D,), gallery (N, D); skip (N,) bool, which to pass over.
     """
@@ -334,10 +341,10 @@ def nearest(query, gallery, skip=None):
 
 
 def search(query, gallery, features, aps):
-    """A picture of ten queries with their five nearest images.
+    """A picture of up to ten queries with their five nearest images.
 
     features: embeddings of queries, then the gallery's. aps are the queries' average precisions:
-    ten queries are chosen, from the highest down. Photos have neither these nor identities: the
+    queries are chosen, from the highest down. Photos have neither these nor identities: the
     first ten are drawn, and the ten nearest images of each photo are printed.
     """
     query_features, gallery_features = np.split(features, [len(query.paths)])
@@ -398,7 +405,7 @@ def draw_rows(rows, title):
 
 @torch.no_grad()
 def sona_input(network, images):
-    """The network's first SONA module and its input (B, C, h, w), for normalised images.
+    """The first SONA module of a network in eval mode and its input (B, C, h, w), for images.
 
     Raises DataError if it has none.
     """
@@ -406,6 +413,7 @@ def sona_input(network, images):
     if not modules:
         raise DataError("the network has no SONA module to draw")
     inputs = []
+    # extend returns None, which leaves the input as it is
     hook = modules[0].register_forward_pre_hook(lambda _, arguments: inputs.extend(arguments))
     network(images)
     hook.remove()
@@ -427,21 +435,23 @@ def draw_attention(network, paths, height, width):
     """Fig. 3, in eval mode, of the first SONA module: a row per image, a column per point."""
     device = next(network.parameters()).device
     drawn = []
-    for path, (image, _) in zip(paths, ImageDataset(paths, paths, height, width), strict=True):
-        sona, x = sona_input(network, normalize(image[None].to(device)))
-        rows, columns = x.shape[2:]
-        weights = rows * columns * sona.attention(x)[0].cpu()  # (HW, HW), 1 where uniform
-        drawn.append([tile(path, "white", "")])
+    for path in paths:
+        image = TF.resize(read_image(path), [height, width])
+        sona, features = sona_input(network, normalize(image[None].to(device)))
+        rows, columns = features.shape[2:]
+        weights = rows * columns * sona.attention(features)[0].cpu()  # (HW, HW), 1 where uniform
+        row = [tile(path, "white", "")]
         for name, (top, left) in POINTS.items():
             point = int(top * rows) * columns + int(left * columns)
             values, strongest = weights[point].topk(10)
-            marked = drawn[-1][0][0].copy()
+            marked = row[0][0].copy()
             for position in (*strongest.tolist(), point):
                 x = (position % columns + 0.5) / columns * TILE[0]
                 y = (position // columns + 0.5) / rows * TILE[1]
                 colour = "#20e040" if position == point else "#ff2020"
                 ImageDraw.Draw(marked).ellipse((x - 4, y - 4, x + 4, y + 4), colour, "black")
-            drawn[-1].append((marked, "white", f"{name}\n{100 * (values[0] - 1):+.2g} %"))
+            row.append((marked, "white", f"{name}\n{100 * (values[0] - 1):+.2g} %"))
+        drawn.append(row)
     title = "Green: a point. Red: the ten it attends to most. %: the strongest above uniform"
     return draw_rows(drawn, title)
 
@@ -461,6 +471,7 @@ def draw_curves(runs):
     colours = "blue orange green red purple brown gray black".split() * len(runs)
     for left, title, key, unit in (60, "loss", "loss", 1), (480, "mAP (%)", "mean_ap", 100):
         curves = [[(r["epoch"] + 1, unit * r[key]) for r in log if key in r] for log in logs]
+        # the largest epoch and value of all curves, at least 1 and 0
         x_tick, y_tick = map(tick, np.max(sum(curves, [(1, 0)]), 0))
         draw.text((left, 8), title, "black")
         draw.text((left + 170, 294), "epoch", "black", anchor="mt")
@@ -477,7 +488,8 @@ def draw_curves(runs):
 
 def tick(high):
     """The round number of which five reach high."""
-    return next(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if 5 * n >= high)
+    rounds = (n * 10**k for k in range(9) for n in (1, 2, 5))
+    return next(n for n in rounds if 5 * n >= high)
 
 
 if __name__ == "__main__":

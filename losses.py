@@ -77,6 +77,6 @@ def gather(x: Tensor) -> Tensor:
     processes = dist.get_world_size()
     slots = [torch.empty_like(x) for _ in range(processes)]
     dist.all_gather(slots, x.detach().contiguous())
-    # The value is x's own, the gradient `processes` times x's.
+    # x - x.detach() is 0 with the gradient of x: the value stays x's own, the gradient is scaled.
     slots[dist.get_rank()] = x.detach() + processes * (x - x.detach())
     return torch.cat(slots)

@@ -11,9 +11,9 @@ Fig. 2:
                         max pool, reduce                (B, 1024)
 
 Usage:
-    model = SONANet(num_classes=767, weights="imagenet")    # train.py's default; SONANet's is None
-    global_embedding, global_logits = model.train()(images)["global"]       # and "local"
-    embedding = model.eval()(images)                                        # (B, 1536)
+    network = SONANet(num_classes=767, weights="imagenet")  # train.py's default; SONANet's is None
+    global_embedding, global_logits = network.train()(images)["global"]     # and "local"
+    embedding = network.eval()(images)                                      # (B, 1536)
 """
 
 from functools import partial
@@ -135,14 +135,15 @@ class BatchDropBlock(nn.Module):
         if not self.training:
             return x
         height, width = x.shape[2:]
-        rows = round(self.height_ratio * height)
-        columns = round(self.width_ratio * width)
-        top = torch.randint(height - rows + 1, (1,), device=x.device)
-        left = torch.randint(width - columns + 1, (1,), device=x.device)
+        block_height = round(self.height_ratio * height)
+        block_width = round(self.width_ratio * width)
+        top = torch.randint(height - block_height + 1, (1,), device=x.device)
+        left = torch.randint(width - block_width + 1, (1,), device=x.device)
         row = torch.arange(height, device=x.device)[:, None]
         column = torch.arange(width, device=x.device)
-        inside = (top <= row) & (row < top + rows) & (left <= column) & (column < left + columns)
-        return x.masked_fill(inside, 0)  # inside: (H, W)
+        rows = (top <= row) & (row < top + block_height)  # (H, 1)
+        columns = (left <= column) & (column < left + block_width)  # (W,)
+        return x.masked_fill(rows & columns, 0)  # mask: (H, W)
 
 
 # Which module follows stage 2, stage 3, or stage 4 on a branch (Sec. 3.3, 3.4).
@@ -191,11 +192,11 @@ class SONANet(nn.Module):
     ) -> None:
         super().__init__()
 
-        def sona_after(place, channels):
+        def sona_after(place, channels):  # nn.Identity ignores its argument
             return PLACEMENTS[sona].get(place, nn.Identity)(channels)
 
         state = initial_weights(weights)
-        backbone = dilated_resnet50(state if "network" not in state else {})
+        backbone = dilated_resnet50({} if "network" in state else state)
         self.stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool)
         self.stage1 = backbone.layer1
         self.stage2 = backbone.layer2
@@ -205,18 +206,17 @@ class SONANet(nn.Module):
         self.stage4 = backbone.layer4
 
         # Not in the paper: new layers keep PyTorch's initialisation, except SONA's p and the
-        # classifiers, whose weights' standard deviation of 0.001 makes the cross-entropy start at
-        # ln(num_classes). On the local branch, SONA comes before the bottleneck, which has no
-        # dilation.
+        # classifiers. On the local branch, SONA comes before the bottleneck, which has no dilation.
         self.global_sona = sona_after("global", 2048)
         self.global_reduction = feature_reduction(2048, 512)
         self.local_sona = sona_after("local", 2048)
-        self.local_bottleneck = Bottleneck(2048, 512)
+        self.local_bottleneck = Bottleneck(2048, 512)  # 2048 -> 512 -> 2048 channels
         self.drop = DROPS[drop]()
         self.local_reduction = feature_reduction(2048, 1024)
-        if "network" in state:
+        if "network" in state:  # a run's, loaded before there are classifiers
             trained = state["network"].items()
             self.load_state_dict({k: x for k, x in trained if "_classifier." not in k})
+        # Not in the paper: with this standard deviation, cross-entropy starts at ln(num_classes).
         self.global_classifier = nn.Linear(512, num_classes)
         self.local_classifier = nn.Linear(1024, num_classes)
         for classifier in (self.global_classifier, self.local_classifier):
@@ -238,7 +238,7 @@ class SONANet(nn.Module):
 
         if not self.training:
             return torch.cat([global_embedding, local_embedding], 1)  # Sec. 2.1
-        # Not in the paper: classifiers and losses are in float32.
+        # Not in the paper: classifiers run in the parameters' precision, float32 in training.
         with torch.autocast(images.device.type, enabled=False):
             global_embedding = global_embedding.to(self.global_classifier.weight.dtype)
             local_embedding = local_embedding.to(self.local_classifier.weight.dtype)

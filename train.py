@@ -18,7 +18,6 @@ import os
 import sys
 import time
 import zlib
-from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +77,7 @@ def main():
     # data
     splits = load_dataset(args.dataset, args.data_dir)
     print(describe(args.dataset, splits))
-    train, *test = splits.values()
+    train, query, gallery = splits.values()
     identities = np.unique(train.ids).tolist()
     check_data(splits, identities, resumed, device)
     size = args.height, args.width
@@ -92,7 +91,7 @@ def main():
     # network
     torch.manual_seed(args.seed)
     weights = None if resumed or args.weights == "none" else args.weights
-    if weights not in (None, "imagenet"):
+    if weights not in (None, "imagenet"):  # loaded here, so that a damaged file is a DataError
         weights = load_tensors(weights)
     network = SONANet(len(identities), args.sona, args.drop, weights)
     del weights  # a run's last.pt has 0.4 GB
@@ -114,7 +113,7 @@ def main():
 
     def save_run():
         """last.pt is the run; log.jsonl is for --curves and people, args.json for people."""
-        checkpoint = {
+        state = {
             "network": network.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
@@ -122,11 +121,10 @@ def main():
             "identities": identities,
             "settings": vars(args),
         }
-        lines = [json.dumps(record) + "\n" for record in history]
         if rank == 0:
-            save(checkpoint, output / "last.pt")
+            save(state, output / "last.pt")
             with replacing(output / "log.jsonl") as scratch:
-                scratch.write_text("".join(lines))
+                scratch.write_text("".join(json.dumps(record) + "\n" for record in history))
             with replacing(output / "args.json") as scratch:
                 scratch.write_text(json.dumps(vars(args), indent=2))
 
@@ -138,9 +136,9 @@ def main():
         # evaluate what is trained so far; not in the paper: the last is reported, not the best
         last = epoch == args.epochs
         if last or args.eval_every and epoch % args.eval_every == 0:
-            record = history[-1] if history else {}
+            record = history[-1] if history else {}  # the last epoch's takes the metrics, too
             if "mean_ap" not in record:
-                record |= evaluate(network, *test, *size, args.workers).metrics()
+                record |= evaluate(network, query, gallery, *size, args.workers).metrics()
                 if last:
                     save_run()
             title = "trained" if last else "" if history else "untrained"
@@ -171,7 +169,8 @@ def main():
     print(f"\nthe run is in {output}")
 
     if dist.is_initialized():
-        dist.barrier()  # gloo's threads may need the GIL to free tensors; destroying holds it
+        # Destroying the group holds the GIL, which gloo's threads may need: wait for them.
+        dist.barrier()
         del model  # DDP, too, holds the group, and would otherwise destroy it last
         dist.destroy_process_group()
 
@@ -202,7 +201,8 @@ def train_epoch(model, batches, steps, optimizer, scaler, args, epoch):
             sums[name] = sums.get(name, 0) + part
         progress(f"step {step + 1} of {steps}")
     torch.backends.cudnn.benchmark = False
-    means = gather(torch.stack([*sums.values()])[None]).mean(0) / steps  # over all processes
+    # (1, parts) on each process -> (processes, parts) -> (parts,)
+    means = gather(torch.stack([*sums.values()])[None]).mean(0) / steps
     return dict(zip(sums, means.tolist(), strict=True))
 
 
@@ -270,7 +270,7 @@ def parse_args():
     )
     add(
         "--recompute",
-        action=BooleanOptionalAction,
+        action=argparse.BooleanOptionalAction,
         help="recompute activations during backward: "
         "with four passes, a third of the memory for a quarter more work",
     )
@@ -281,10 +281,11 @@ def parse_args():
     )
     add(
         "--compile",
-        action=BooleanOptionalAction,
+        action=argparse.BooleanOptionalAction,
         help="torch.compile the network: may be faster after a minute; draws other drop masks",
     )
 
+    # Parsed twice, because the data set and the run decide the defaults.
     typed = parser.parse_args()
     if typed.output == "":
         parser.error("--output is empty: is a variable not set?")
@@ -335,8 +336,11 @@ def start_process():
 
 
 def check_data(splits, identities, resumed, device):
-    """Raises DataError unless the training identities are those of the run that is resumed, and
-    all processes have found the same files and resume at the same epoch."""
+    """Raises DataError if a run cannot go on with the data.
+
+    Its training identities must be those of the run that is resumed, and all processes must have
+    found the same files and resume at the same epoch.
+    """
     expected = resumed.get("identities", identities)
     if identities != expected:
         folder = str(Path(splits["train"].paths[0]).parent)
@@ -401,13 +405,14 @@ class Passes(nn.Module):
 
     def forward(self, images, rng_key):
         if len(images) % min(self.images_per_pass, len(images)):
-            share = f"a process's {len(images)} images"
-            raise ValueError(f"--images-per-pass {self.images_per_pass} must divide {share}")
+            raise ValueError(
+                f"--images-per-pass {self.images_per_pass} must divide a process's {len(images)}"
+            )
         passes = images.split(self.images_per_pass)
         outputs = [None] * len(passes)
         # The first pass runs last, while its activations are still in memory for backward.
         for i in reversed(range(len(passes))):
-            arguments = passes[i], (*rng_key, self.rank * len(passes) + i)
+            arguments = passes[i], rng_key, self.rank * len(passes) + i
             if self.recompute and i > 0:
                 # A pass seeds itself, so no state of a generator needs to be kept.
                 outputs[i] = checkpoint(
@@ -421,10 +426,10 @@ class Passes(nn.Module):
             joined[branch] = torch.cat(embeddings), torch.cat(logits)
         return joined
 
-    def run_pass(self, images, rng_key):
-        torch.manual_seed(int(np.random.SeedSequence(rng_key).generate_state(1)[0]))
+    def run_pass(self, images, rng_key, number):
+        torch.manual_seed(int(np.random.SeedSequence((*rng_key, number)).generate_state(1)[0]))
         for norm in self.norms:
-            norm.track_running_stats = rng_key[-1] == 0  # in the whole batch's first pass
+            norm.track_running_stats = number == 0  # in the whole batch's first pass
         # Autocast per pass: one around all passes would share half-precision copies of the weights
         # and sum their gradients in half precision.
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):

@@ -14,7 +14,7 @@ from model import SONA
 
 
 def peak():
-    """This process's peak memory in MB (Linux)."""
+    """This process's peak memory in MiB (Linux)."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
@@ -25,4 +25,4 @@ sona(torch.randn(1, 512, 16, 8, requires_grad=True)).sum().backward()  # what Py
 x = torch.randn(1, 512, height, width, requires_grad=True)
 before = peak()
 sona(x).sum().backward()
-print(f"{height} x {width}: {peak() - before:.0f} MB")
+print(f"{height} x {width}: {peak() - before:.0f} MiB")

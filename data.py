@@ -84,7 +84,7 @@ def run_program(main):
     try:
         main()
     except (DataError, OSError) as error:
-        # An OSError that names no file is not about data: None only there.
+        # A DataError has no filename; an OSError whose filename is None is not about data.
         if getattr(error, "filename", True) is None:
             raise
         sys.exit(f"error: {error}")
@@ -447,9 +447,8 @@ def draw_pedestrian(person, camera, number):
     ImageDraw.Draw(torso).rounded_rectangle(at((-0.85, 0.83), (0.85, 0.47)), 10, 1)
     row = np.arange(256)[:, None] // 10
     column = (np.arange(128) - int(x)) // 10
-    second_colour = (
-        row * (pattern & 1) + column * (pattern >> 1)
-    ) % 2 == 1  # 0: plain, 1: hoops, 2: stripes, 3: checks
+    # pattern 0: plain, 1: hoops, 2: stripes, 3: checks
+    second_colour = (row * (pattern & 1) + column * (pattern >> 1)) % 2 == 1
     canvas.paste(top, mask=torso)
     canvas.paste(second, mask=Image.fromarray(second_colour & np.asarray(torso)))
     if carries == 1:

@@ -61,8 +61,6 @@ def evaluate_ranking(
 ):
     """CMC and average precision of single queries, by the Market-1501 protocol (Zheng et al. 2015).
 
-    To copy it, take Ranking, `import numpy as np` and `from typing import NamedTuple`, too.
-
         ranking = evaluate_ranking(features, gallery_features, ids, gallery_ids, cams, gallery_cams)
         print(f"mAP {ranking.mean_ap:.2%}, Rank-1 {ranking.cmc[0]:.2%}")
 
@@ -71,6 +69,8 @@ def evaluate_ranking(
     the paper: distances are Euclidean, between raw features in their own precision (at least
     float32); equal distances rank in gallery order; AP is the mean of the precisions at each true
     match; queries without a true match from another camera are left out of the mean.
+
+    To copy it, take Ranking, `import numpy as np` and `from typing import NamedTuple`, too.
 
     Raises ValueError if shapes do not match, ids or cams are not integers, features are not finite,
     or no query has a true match.

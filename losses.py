@@ -29,21 +29,24 @@ def batch_hard_triplet_loss(
     """
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
         raise ValueError(f"expected (B, D) and (B,), not {embeddings.shape} and {labels.shape}")
-    with torch.autocast(embeddings.device.type, enabled=False):
-        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-        # From differences: |a|^2 - 2ab + |b|^2 loses precision far from the origin.
-        distances = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
-        same_identity = labels[:, None] == labels  # (B, B)
-        hardest_positive = distances.masked_fill(~same_identity, -torch.inf).amax(1)
-        hardest_negative = distances.masked_fill(same_identity, torch.inf).amin(1)
-        gap = hardest_positive - hardest_negative
-        loss = F.softplus(gap) if margin is None else F.relu(gap + margin)  # (B,)
-        return loss.mean()
+    if embeddings.dtype in (torch.float16, torch.bfloat16):
+        embeddings = embeddings.float()
+    # From differences: |a|^2 - 2ab + |b|^2 loses precision far from the origin.
+    distances = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
+    same_identity = labels[:, None] == labels  # (B, B)
+    hardest_positive = distances.masked_fill(~same_identity, -torch.inf).amax(1)
+    hardest_negative = distances.masked_fill(same_identity, torch.inf).amin(1)
+    gap = hardest_positive - hardest_negative
+    loss = F.softplus(gap) if margin is None else F.relu(gap + margin)  # (B,)
+    return loss.mean()
 
 
 def branch_losses(
-    outputs: dict, labels: Tensor, margin: float | None = None, smoothing: float = 0.1
-) -> tuple[Tensor, dict]:
+    outputs: dict[str, tuple[Tensor, Tensor]],
+    labels: Tensor,
+    margin: float | None = None,
+    smoothing: float = 0.1,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of both losses over both branches (for backward), and its parts (for logging).
 
     outputs are the network's {branch: (embedding (B, D), logits (B, classes))}, labels (B,). The
@@ -53,16 +56,16 @@ def branch_losses(
     over the whole batch, as with DataParallel.
     """
     all_labels = gather(labels)
-    losses = {}
+    terms = {}
     accuracies = {}
     for branch, (embedding, logits) in outputs.items():
-        losses[f"{branch}_triplet"] = batch_hard_triplet_loss(gather(embedding), all_labels, margin)
-        losses[f"{branch}_cross_entropy"] = F.cross_entropy(
+        terms[f"{branch}_triplet"] = batch_hard_triplet_loss(gather(embedding), all_labels, margin)
+        terms[f"{branch}_cross_entropy"] = F.cross_entropy(
             logits.float(), labels, label_smoothing=smoothing
         )
         accuracies[f"{branch}_accuracy"] = (logits.argmax(1) == labels).float().mean()
-    loss = sum(losses.values())
-    parts = {"loss": loss, **losses, **accuracies}
+    loss = sum(terms.values())
+    parts = {"loss": loss, **terms, **accuracies}
     return loss, {name: part.detach() for name, part in parts.items()}
 
 

@@ -17,6 +17,7 @@ Usage:
 """
 
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -102,20 +103,20 @@ class DropBlockPlus(nn.Module):
         height, width = x.shape[2:]
         block_height = min(self.block_height, height)
         block_width = min(self.block_width, width)
-        # A seed is the top left corner of a block that lies wholly inside the map: rows x columns
-        # positions. At seed_rate, blocks would cover drop_rate of the map if none overlapped
-        # (Ghiasi et al. 2018, Eq. 1).
+        # A block lies inside the map: its top left corner has rows x columns positions. At
+        # corner_rate, as many blocks are dropped as would cover drop_rate of the map if none
+        # overlapped (Ghiasi et al. 2018, Eq. 1).
         rows = height - block_height + 1
         columns = width - block_width + 1
-        seed_rate = (
-            self.drop_rate / (block_height * block_width) * (height * width) / (rows * columns)
-        )
-        seeds = (torch.rand(len(x), 1, rows, columns, device=x.device) < seed_rate).float()
-        # Padded on all sides, so that a position's window holds every corner whose block covers it.
-        margins = (block_width - 1, block_width - 1, block_height - 1, block_height - 1)
-        dropped = F.max_pool2d(F.pad(seeds, margins), (block_height, block_width), stride=1)
+        blocks = self.drop_rate * (height * width) / (block_height * block_width)  # of an image
+        corner_rate = blocks / (rows * columns)
+        corners = torch.rand(len(x), 1, rows, columns, device=x.device) < corner_rate
+        # A position is dropped if there is a corner up to a block's size above and left of it.
+        padding = (block_width - 1, block_width - 1, block_height - 1, block_height - 1)
+        corners = F.pad(corners.float(), padding)  # left, right, top, bottom
+        dropped = F.max_pool2d(corners, (block_height, block_width), stride=1)
         mask = 1 - dropped  # (B, 1, H, W)
-        mask = mask / mask.mean().clamp(min=1 / mask.numel())  # if all is dropped, 0 stays 0
+        mask = mask / mask.mean().clamp(min=1e-6)  # the clamp: all positions may be dropped
         return x * mask.to(x.dtype)
 
 
@@ -172,15 +173,15 @@ class SONANet(nn.Module):
 
     sona     where SONA is inserted, a key of PLACEMENTS
     drop     the local branch's drop layer, a key of DROPS
-    weights  to start from: None, "imagenet", or the path or content of a ResNet-50's state dict, or
-             of a run's last.pt, whose classifiers are left out
+    weights  to start from: None, "imagenet", or the path of a ResNet-50's state dict or of a run's
+             last.pt, whose classifiers are left out
 
     Input: (B, 3, height, width) floats, normalised by ImageNet's mean and standard deviation.
     In training mode returns {"global": (embedding (B, 512), logits (B, num_classes)),
-    "local": (embedding (B, 1024), logits)}, in the parameters' precision, even under autocast; in
-    eval mode the two embeddings concatenated, (B, 1536). The paper's test embedding is the mean
-    over an image and its mirror image (Sec. 3.2). Raises KeyError for an unknown sona or drop, and
-    what torch raises for weights that it cannot load.
+    "local": (embedding (B, 1024), logits)}; in eval mode the two embeddings concatenated,
+    (B, 1536). The paper's test embedding is the mean over an image and its mirror image (Sec. 3.2).
+    Raises KeyError for an unknown sona or drop, and what torch raises for weights that it cannot
+    load.
     """
 
     def __init__(
@@ -188,15 +189,16 @@ class SONANet(nn.Module):
         num_classes: int,
         sona: str = "2",
         drop: str = "dropblock+",
-        weights: str | dict | None = None,
+        weights: str | Path | None = None,
     ) -> None:
         super().__init__()
 
-        def sona_after(place, channels):  # nn.Identity ignores its argument
-            return PLACEMENTS[sona].get(place, nn.Identity)(channels)
+        modules = PLACEMENTS[sona]
 
-        state = initial_weights(weights)
-        backbone = dilated_resnet50({} if "network" in state else state)
+        def sona_after(place: str, channels: int) -> nn.Module:
+            return modules[place](channels) if place in modules else nn.Identity()
+
+        backbone = dilated_resnet50()
         self.stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool)
         self.stage1 = backbone.layer1
         self.stage2 = backbone.layer2
@@ -213,15 +215,15 @@ class SONANet(nn.Module):
         self.local_bottleneck = Bottleneck(2048, 512)  # 2048 -> 512 -> 2048 channels
         self.drop = DROPS[drop]()
         self.local_reduction = feature_reduction(2048, 1024)
-        if "network" in state:  # a run's, loaded before there are classifiers
-            trained = state["network"].items()
-            self.load_state_dict({k: x for k, x in trained if "_classifier." not in k})
         # Not in the paper: with this standard deviation, cross-entropy starts at ln(num_classes).
         self.global_classifier = nn.Linear(512, num_classes)
         self.local_classifier = nn.Linear(1024, num_classes)
         for classifier in (self.global_classifier, self.local_classifier):
             nn.init.normal_(classifier.weight, std=0.001)
             nn.init.zeros_(classifier.bias)
+
+        if weights is not None:
+            load_initial_weights(self, backbone, weights)
 
     def forward(self, images: Tensor) -> Tensor | dict[str, tuple[Tensor, Tensor]]:
         x = self.stage1(self.stem(images))  # (B, 256, H/4, W/4)
@@ -238,14 +240,10 @@ class SONANet(nn.Module):
 
         if not self.training:
             return torch.cat([global_embedding, local_embedding], 1)  # Sec. 2.1
-        # Not in the paper: classifiers run in the parameters' precision, float32 in training.
-        with torch.autocast(images.device.type, enabled=False):
-            global_embedding = global_embedding.to(self.global_classifier.weight.dtype)
-            local_embedding = local_embedding.to(self.local_classifier.weight.dtype)
-            return {
-                "global": (global_embedding, self.global_classifier(global_embedding)),
-                "local": (local_embedding, self.local_classifier(local_embedding)),
-            }
+        return {
+            "global": (global_embedding, self.global_classifier(global_embedding)),
+            "local": (local_embedding, self.local_classifier(local_embedding)),
+        }
 
 
 def feature_reduction(channels: int, reduced: int) -> nn.Sequential:
@@ -258,25 +256,26 @@ def feature_reduction(channels: int, reduced: int) -> nn.Sequential:
     )
 
 
-def initial_weights(weights: str | dict | None) -> dict:
-    """The state dict that `weights` of SONANet means, {} for None."""
-    if weights == "imagenet":  # not in the paper: which ImageNet weights; V1 are of its time
-        return ResNet50_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
-    if weights is None or isinstance(weights, dict):
-        return weights or {}
-    return torch.load(weights, map_location="cpu", weights_only=True)
-
-
-def dilated_resnet50(state: dict) -> ResNet:
-    """ResNet-50 whose stages 3 and 4 keep stage 2's stride-8 map by dilation (Sec. 2.1).
+def dilated_resnet50() -> ResNet:
+    """ResNet-50 without classifier; stages 3 and 4 keep stage 2's stride-8 map (Sec. 2.1).
 
     Not in the paper: the dilation, 2 in stage 3 and 4 in stage 4 (half that in each stage's first
-    block); without weights, {}, residual branches start at zero.
+    block); without weights, residual branches start at zero.
     """
-    network = resnet50(
-        replace_stride_with_dilation=[False, True, True], zero_init_residual=not state
-    )
-    network.fc = nn.Identity()
-    if state:
-        network.load_state_dict({k: x for k, x in state.items() if not k.startswith("fc.")})
-    return network
+    backbone = resnet50(replace_stride_with_dilation=[False, True, True], zero_init_residual=True)
+    backbone.fc = nn.Identity()
+    return backbone
+
+
+def load_initial_weights(network: SONANet, backbone: ResNet, weights: str | Path) -> None:
+    """Loads what `weights` of SONANet means: a ResNet-50's into the backbone, or a whole run's."""
+    if weights == "imagenet":  # not in the paper: which ImageNet weights; V1 are of its time
+        state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
+    else:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    if "network" in state:  # last.pt, whose classifiers are of other identities
+        own = network.state_dict()
+        classifiers = {name: own[name] for name in own if "_classifier." in name}
+        network.load_state_dict(state["network"] | classifiers)
+    else:
+        backbone.load_state_dict({name: x for name, x in state.items() if name[:3] != "fc."})

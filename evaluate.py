@@ -272,7 +272,7 @@ def draw_ranking(
 
 # Reference points like those of Fig. 3, as shares of height and width.
 POINTS = {
-    "head": (0.1, 0.5),
+    "head": (0.13, 0.5),
     "torso": (0.33, 0.5),
     "legs": (0.7, 0.45),
     "shoes": (0.93, 0.45),

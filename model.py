@@ -124,7 +124,7 @@ class BatchDropBlock(nn.Module):
     """BFE's drop layer: (B, C, H, W) -> same (BL+BFE, Sec. 3.4).
 
     Not in the paper: one rectangle for all images of a forward pass. The ratios are its height
-    and width as shares of the map's. Identity in eval mode.
+    and width as shares of the map's, rounded down to positions. Identity in eval mode.
     """
 
     def __init__(self, height_ratio: float, width_ratio: float) -> None:
@@ -136,8 +136,8 @@ class BatchDropBlock(nn.Module):
         if not self.training:
             return x
         height, width = x.shape[2:]
-        block_height = round(self.height_ratio * height)
-        block_width = round(self.width_ratio * width)
+        block_height = int(self.height_ratio * height)
+        block_width = int(self.width_ratio * width)
         top = torch.randint(height - block_height + 1, (1,), device=x.device)
         left = torch.randint(width - block_width + 1, (1,), device=x.device)
         row = torch.arange(height, device=x.device)[:, None]
@@ -164,7 +164,7 @@ DROPS = {
     "none": nn.Identity,
     "dropblock": partial(DropBlockPlus, block_height=7, block_width=7),
     "dropblock+": DropBlockPlus,
-    "bfe": partial(BatchDropBlock, height_ratio=1 / 3, width_ratio=1),
+    "bfe": partial(BatchDropBlock, height_ratio=0.2, width_ratio=1),
 }
 
 

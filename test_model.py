@@ -179,12 +179,12 @@ def test_dropblock_plus_cuts_its_block_to_a_smaller_map():
 def test_batch_drop_block_drops_one_rectangle():
     corners = set()
     for _ in range(50):
-        y = BatchDropBlock(height_ratio=1 / 3, width_ratio=0.5)(torch.ones(3, 2, 48, 16))
+        y = BatchDropBlock(height_ratio=0.2, width_ratio=0.5)(torch.ones(3, 2, 48, 16))
         assert torch.equal(y, y[:1, :1].expand_as(y))  # the same for all images
         rows, columns = torch.nonzero(y[0, 0] == 0, as_tuple=True)
         corners.add((rows[0].item(), columns[0].item()))
         expected = torch.ones(48, 16)
-        expected[rows[0] : rows[0] + 16, columns[0] : columns[0] + 8] = 0
+        expected[rows[0] : rows[0] + 9, columns[0] : columns[0] + 8] = 0  # 0.2 x 48 is 9.6
         assert torch.equal(y[0, 0], expected)
     assert len(corners) > 25
 
@@ -195,7 +195,7 @@ def test_batch_drop_block_drops_one_rectangle():
         ("none", nn.Identity, {}),
         ("dropblock", DropBlockPlus, {"drop_rate": 0.1, "block_height": 7, "block_width": 7}),
         ("dropblock+", DropBlockPlus, {"drop_rate": 0.1, "block_height": 5, "block_width": 8}),
-        ("bfe", BatchDropBlock, {"height_ratio": 1 / 3, "width_ratio": 1}),
+        ("bfe", BatchDropBlock, {"height_ratio": 0.2, "width_ratio": 1}),
     ],
 )
 def test_drop_layers_act_in_training_only(drop, kind, settings):
@@ -1222,10 +1222,12 @@ def test_attention_is_drawn_on_any_map(datasets, size):
     assert picture.height == 2 * (evaluate.TILE[1] + 52) + 32
 
 
-def test_the_readmes_python_runs(run, datasets, tmp_path, monkeypatch):
-    """Runs each block where its runs and data are; a block for one of our files gets its names."""
+def test_the_readmes_python_runs(run, tmp_path, monkeypatch, capsys):
+    """Runs each block beside a run and photos; a block for one of our files gets its names."""
     shutil.copytree(run, tmp_path / "runs/cuhk03")
-    shutil.copytree(datasets, tmp_path / "datasets")
+    data.draw_pedestrian(1, 1, 0).save(tmp_path / "query.jpg")
+    for person in (1, 2):
+        data.draw_pedestrian(person, 1, 0).save(touch(tmp_path / "photos") / f"{person}.jpg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "SONANet", Tiny)
     names = {**vars(data), **vars(losses), **vars(model), "__name__": "__main__"}
@@ -1236,6 +1238,10 @@ def test_the_readmes_python_runs(run, datasets, tmp_path, monkeypatch):
             exec(compile(block, "README.md", "exec"), dict(names))
         for sona in PLACEMENTS.keys() - SONA_CHANNELS.keys():
             assert SONANet(4, sona).eval()(torch.rand(1, 3, 32, 16)).shape == (1, 1536)
+    assert re.match(r"0.000  photos/1.jpg\n\S+  photos/2.jpg\n", capsys.readouterr().out)
+    images = torch.rand(3, 3, 32, 16)
+    embeddings = torch.export.load("sona.pt2").module()(images)
+    torch.testing.assert_close(embeddings, evaluate.load_run("runs/cuhk03")[0](images))
 
 
 def test_files_work_when_copied_alone(tmp_path):

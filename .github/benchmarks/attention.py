@@ -18,6 +18,17 @@ It prints a row of a Markdown table for each run. Nothing is retrained. The colu
                  norms absorb it, as if SONA were removed
 A run without SONA has only two of them. In a run with several SONA modules the first is changed.
 
+    PYTHONPATH=. python .github/benchmarks/attention.py --bound RUN [RUN ...]
+
+prints instead, of each run's first 32 queries, at the size that it was trained at and at 384 x 128,
+and before of a network that starts (random weights, training mode), on the first run's queries:
+    mean v, largest v  population variance of theta(x) over channels: its mean over the positions of
+                       an image, and its maximum
+    typical row        largest over smallest attention weight of a row, the median over its rows
+    most uneven row    the maximum over its rows
+    bound              exp(2 v / sqrt(d)) with the largest v: no row can be more uneven (README.md)
+All are medians over images.
+
     PYTHONPATH=. python .github/benchmarks/attention.py --draw PNG RUN RUN
 
 draws the attention of two runs in one query image, on one colour scale, and nothing else.
@@ -37,7 +48,7 @@ from torch.utils.data import DataLoader
 
 from data import ImageDataset, Split, load_dataset, normalize, read_image
 from evaluate import POINTS, evaluate, load_run, sona_input
-from model import SONA
+from model import SONA, SONANet
 
 COLUMNS = [
     "run",
@@ -57,11 +68,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--data-dir", help="folder that holds the data sets [as in training]")
+    parser.add_argument("--bound", action="store_true")
     parser.add_argument("--draw", metavar="PNG")
     parser.add_argument("--query", type=int, default=0, help="the query to draw [%(default)s]")
     args = parser.parse_args()
     if args.draw:
         draw(args.runs, args.data_dir, args.query).save(args.draw)
+        return
+    if args.bound:
+        print_bounds(args.runs, args.data_dir)
         return
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for run in args.runs:
@@ -158,9 +173,47 @@ def reestimate_batch_norms(network: nn.Module, batches: DataLoader) -> None:
     network.eval()
 
 
+# ---------- The bound -----------------------------------------------------------------------------
+
+
+def print_bounds(runs: list[str], data_dir: str | None) -> None:
+    columns = ["run", "size", "mean v", "largest v", "typical row", "most uneven row", "bound"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for i, run in enumerate(runs):
+        network, settings = load_run(run)
+        splits = load_dataset(settings["dataset"], data_dir or settings["data_dir"])
+        paths = splits["query"].paths[:32]
+        sizes = (settings["height"], settings["width"]), (384, 128)
+        if i == 0:
+            torch.manual_seed(0)
+            start = SONANet(100).train()
+            for size in sizes:
+                print_bound("start", start, paths, *size)
+        for size in sizes:
+            print_bound(Path(run).name, network, paths, *size)
+
+
+@torch.inference_mode()
+def print_bound(name: str, network: nn.Module, paths: list[str], height: int, width: int) -> None:
+    """A row of the table, for a network in training or eval mode."""
+    images = torch.stack([image for image, _ in ImageDataset(paths, paths, height, width)])
+    sona, x = sona_input(network, normalize(images))
+    v = sona.centred_theta(x).square().mean(2)  # (B, HW)
+    weights = sona.attention(x)  # (B, HW, HW)
+    ratios = weights.amax(2) / weights.amin(2)  # (B, HW)
+    largest = v.amax(1)
+    d = sona.g.out_channels
+    bounds = (2 * sona.scale * d * largest).exp()  # the scale is d^-1.5, or another power
+    assert (ratios <= bounds[:, None] * 1.0001).all()
+    figures = [v.mean(1), largest, ratios.median(1).values, ratios.amax(1), bounds]
+    cells = [name, f"{height} x {width}", *(f"{figure.median():.3g}" for figure in figures)]
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
 # ---------- The picture ---------------------------------------------------------------------------
 
-PANEL = (112, 224)  # width and height of an image
+PANEL = (128, 256)  # width and height of an image
+HIGH = 32  # the end of the colour scale, which begins at 1 / HIGH
 # From dark to bright, as perceived, so that the scale reads in grey, too.
 COLOURS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
 
@@ -177,8 +230,6 @@ def draw(runs: list[str], data_dir: str | None, query: int) -> Image.Image:
         sona = next(module for module in network.modules() if isinstance(module, SONA))
         power = math.log(sona.scale) / math.log(sona.g.out_channels)
         captions.append(f"scale d^{power:.1f}")
-    high = 4  # of the colour scale; stronger weights look the same
-
     photo = TF.to_pil_image(read_image(path)).resize(PANEL)
     column_width = PANEL[0] + 8
     row_height = PANEL[1] + 52
@@ -190,22 +241,27 @@ def draw(runs: list[str], data_dir: str | None, query: int) -> Image.Image:
         pen.text((8, top + 6), caption, "black", font_size=16)
         for j, (name, weights) in enumerate(row.items()):
             left = 8 + j * column_width
-            shares = (weights / high).clip(max=1)
-            picture.paste(panel(photo, shares, POINTS[name]), (left, top + 28))
-            below = f"{weights.max():.2f} x"
+            picture.paste(panel(photo, share_of_scale(weights), POINTS[name]), (left, top + 28))
+            below = f"{name}: {weights.min():.2g} to {weights.max():.3g}"
             pen.text((left, top + PANEL[1] + 30), below, "black", font_size=12)
 
     # the common scale
     top = size[1] - 40
-    steps = np.linspace(0, 1, size[0] - 16)
-    bar = Image.fromarray(np.tile(colour(steps), (14, 1, 1)))
+    bar = Image.fromarray(np.tile(colour(np.linspace(0, 1, size[0] - 16)), (14, 1, 1)))
     picture.paste(bar, (8, top))
-    pen.text((8, top + 18), "0", "black", font_size=14)
-    uniform = 8 + (size[0] - 16) / high
-    pen.line((uniform, top, uniform, top + 18), "#20e040", 2)
-    pen.text((uniform + 3, top + 18), "uniform", "black", font_size=14)
-    pen.text((size[0] - 8, top + 18), f"{high} x and more", "black", font_size=14, anchor="ra")
+    for weight, text, anchor in [
+        (1 / HIGH, f"1/{HIGH} of uniform", "la"),
+        (1, "uniform", "ma"),
+        (HIGH, f"{HIGH} x uniform", "ra"),
+    ]:
+        x = 8 + (size[0] - 16) * share_of_scale(np.array(weight))
+        pen.text((x, top + 18), text, "black", font_size=14, anchor=anchor)
     return picture
+
+
+def share_of_scale(weights: np.ndarray) -> np.ndarray:
+    """Weights over the uniform one -> where they lie on a logarithmic scale, from 0 to 1."""
+    return (0.5 + np.log(weights) / np.log(HIGH) / 2).clip(0, 1)
 
 
 @torch.inference_mode()

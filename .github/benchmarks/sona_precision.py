@@ -13,7 +13,9 @@ import sys
 import torch
 
 from data import ImageDataset, load_dataset, normalize
-from evaluate import PRECISIONS, load_run, sona_input
+from evaluate import load_run, sona_input
+
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @torch.inference_mode()

@@ -1,8 +1,10 @@
-"""The peak memory of a training step, on a CPU: a check of README's memory estimate.
+r"""The peak memory of a training step, on a CPU: a check of README's memory estimate.
 
 From the repository's folder, with the number of images in the batch:
 
-    PYTHONPATH=. python .github/benchmarks/step_memory.py 128 --recompute --precision bf16
+    PYTHONPATH=. python .github/benchmarks/step_memory.py 32 --height 256
+    PYTHONPATH=. python .github/benchmarks/step_memory.py 32 --height 256 \
+        --recompute --images-per-pass 8
 """
 
 import argparse
@@ -12,7 +14,7 @@ import torch
 
 from losses import branch_losses
 from model import SONANet
-from train import PRECISIONS, Passes
+from train import Passes
 
 
 def peak():
@@ -27,14 +29,13 @@ parser.add_argument("--height", type=int, default=384)
 parser.add_argument("--width", type=int, default=128)
 parser.add_argument("--images-per-pass", type=int, default=32)
 parser.add_argument("--recompute", action="store_true")
-parser.add_argument("--precision", choices=PRECISIONS, default="float32")
 args = parser.parse_args()
 
 torch.manual_seed(0)
 before = peak()
 network = SONANet(767).to(memory_format=torch.channels_last).train()
 optimizer = torch.optim.Adam(network.parameters(), fused=True)
-model = Passes(network, args.images_per_pass, 0, args.precision, args.recompute)
+model = Passes(network, args.images_per_pass, recompute=args.recompute)
 images = torch.randint(256, (args.images, 3, args.height, args.width), dtype=torch.uint8)
 labels = torch.arange(args.images) // 4
 for step in range(2):  # Adam's state is there from the second on

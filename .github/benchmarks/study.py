@@ -7,8 +7,7 @@ From the repository's folder, for each row and seed:
 ROW is one of
     default  the network as it is: SONA after stage 2, DropBlock+
     uniform  every attention weight 1 / HW, in training and evaluation: z is the mean of g
-    d1       the scale of Eq. 2 is d^-1 instead of d^-1.5
-    d05      the scale is d^-0.5
+    d05      the scale of Eq. 2 is d^-0.5 instead of d^-1.5
     none     no SONA (BL+DB+)
     bl       neither SONA nor DropBlock+ (BL)
 
@@ -45,13 +44,11 @@ class Scaled(SONA):
 
 
 PLACEMENTS["uniform"] = {"stage2": Uniform}
-PLACEMENTS["d1"] = {"stage2": partial(Scaled, power=-1)}
 PLACEMENTS["d05"] = {"stage2": partial(Scaled, power=-0.5)}
 
 ROWS = {
     "default": "--sona 2",
     "uniform": "--sona uniform",
-    "d1": "--sona d1",
     "d05": "--sona d05",
     "none": "--sona none",
     "bl": "--sona none --drop none",

@@ -98,7 +98,7 @@ def read_split(folder: Path) -> Split:
         raise FileNotFoundError(f"there is no folder {folder}: put or link the data set there")
     paths = []
     ids_and_cams = []
-    for name in sorted(glob("*", root_dir=folder)):
+    for name in sorted(glob("*", root_dir=folder)):  # without hidden files
         if not name.lower().endswith((".jpg", ".jpeg", ".png")):
             continue
         match = re.match(r"(-1|\d+)_c(\d+)", name)
@@ -110,7 +110,7 @@ def read_split(folder: Path) -> Split:
             paths.append(str(folder / name))
             ids_and_cams.append((identity, camera))
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no .jpg, .jpeg or .png: put the images there")
+        raise FileNotFoundError(f"{folder} holds no .jpg, .jpeg or .png of a person")
     ids, cams = np.array(ids_and_cams).T
     return Split(paths, ids, cams)
 
@@ -124,8 +124,8 @@ def describe(name: str, splits: dict[str, Split]) -> str:
             identities.discard(0)  # distractors
         counts = len(paths), len(identities)
         line = f"  {split:<14}{counts[0]:>8,}{counts[1]:>12,}{len(set(cams.tolist())):>9}"
-        published = DATASETS[name].counts.get(split, counts)
-        if counts != published:
+        published = DATASETS[name].counts.get(split)
+        if published is not None and counts != published:
             line += "   published: {:,} and {:,}".format(*published)
         lines.append(line)
     folder = Path(splits["train"].paths[0]).parents[1]
@@ -150,7 +150,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = read_image(self.paths[index])
-        return TF.resize(image, self.size), self.labels[index]  # not in the paper: bilinear
+        return TF.resize(image, self.size), self.labels[index]  # bilinear, not in the paper
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -165,7 +165,7 @@ def read_image(path: str | Path) -> Tensor:
 
 def augment(images: Tensor) -> Tensor:
     """(B, 3, H, W) uint8 on any device -> flipped, normalised, with cutout (Sec. 3.2)."""
-    flipped = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5  # half of them
+    flipped = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return cutout(normalize(torch.where(flipped, images.flip(3), images)))
 
 
@@ -174,7 +174,7 @@ def normalize(images: Tensor) -> Tensor:
 
     Sec. 3.2; not in the paper: whose mean and standard deviation.
     """
-    # Channels and plain numbers: Python would wait for tensors of them to be copied to a GPU.
+    # By channel with plain numbers: a tensor of means, copied to the GPU each time, would stall it.
     red, green, blue = images.float().unbind(1)  # (B, H, W) each
     red = (red - 255 * 0.485) / (255 * 0.229)
     green = (green - 255 * 0.456) / (255 * 0.224)
@@ -189,7 +189,7 @@ def cutout(images: Tensor, probability: float = 0.5) -> Tensor:
     at sizes other than 384 x 128, about the same share of the area, 1/12.
     """
     batch, _, height, width = images.shape
-    side = min(round(math.sqrt(height * width / 12)), height, width)
+    side = round(math.sqrt(height * width / 12))
 
     def random_interval(size: int) -> Tensor:  # (B, size) bool, True for `side` neighbours
         start = torch.randint(size - side + 1, (batch, 1), device=images.device)
@@ -203,7 +203,7 @@ def cutout(images: Tensor, probability: float = 0.5) -> Tensor:
 
 
 class IdentitySampler:
-    """A batch_sampler of P identities x K images (Sec. 3.2).
+    """A batch_sampler of P = ids_per_batch identities x K = images_per_id images (Sec. 3.2).
 
     labels (N,) identities of the images; yields lists of indices in which an identity's images are
     neighbours. Not in the paper: an epoch is identities // P steps, each identity at most once; its
@@ -283,7 +283,7 @@ def draw_toy(folder: Path) -> None:
             target.mkdir(parents=True)
             for person, camera, i in product(people, (1, 2, 3, 4), numbers):
                 draw_pedestrian(person, camera, i).save(target / f"{person:04d}_c{camera}_{i}.png")
-        with suppress(OSError):  # the toy is whole or not there, and another process was faster
+        with suppress(OSError):  # another process has drawn it meanwhile; it is only there whole
             Path(scratch, "toy").rename(folder)
 
 
@@ -332,9 +332,9 @@ def draw_pedestrian(person: int, camera: int, number: int) -> Image.Image:
     column = (np.arange(128) - int(x)) // 10
     hoops = pattern in (1, 3)
     stripes = pattern in (2, 3)
-    second_colour = (hoops * row + stripes * column) % 2 == 1  # both: checks
+    in_second = (hoops * row + stripes * column) % 2 == 1  # both: checks
     canvas.paste(top, mask=torso)
-    canvas.paste(second, mask=Image.fromarray(second_colour & np.asarray(torso)))
+    canvas.paste(second, mask=Image.fromarray(in_second & np.asarray(torso)))
     if carries == 1:
         draw.line(at((0.9, 0.48), (1.8, 0.48)), bag, 36)  # a bag in the hand
     if carries == 2:

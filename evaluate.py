@@ -66,23 +66,23 @@ def evaluate_ranking(
 
     Raises ValueError if lengths differ, features are not finite, or no query has a true match.
     """
-    queries, query_ids, query_cams = map(np.asarray, (query_features, query_ids, query_cams))
-    gallery, gallery_ids, gallery_cams = map(
-        np.asarray, (gallery_features, gallery_ids, gallery_cams)
-    )
+    queries = np.asarray(query_features)
+    query_ids = np.asarray(query_ids)
+    query_cams = np.asarray(query_cams)
+    gallery = np.asarray(gallery_features)
+    gallery_ids = np.asarray(gallery_ids)
+    gallery_cams = np.asarray(gallery_cams)
     if not len(queries) == len(query_ids) == len(query_cams):
         raise ValueError("queries, their ids and their cams differ in length")
     if not len(gallery) == len(gallery_ids) == len(gallery_cams):
         raise ValueError("gallery, its ids and its cams differ in length")
 
-    # Distances from the gallery's first image: |g|^2 / 2 - qg loses precision far from the origin.
+    # Seen from the gallery's first image, because |g|^2 / 2 - qg loses precision far from it.
     dtype = np.result_type(queries, gallery, np.float32)
     origin = gallery[0].astype(dtype)
-    queries = queries - origin
-    gallery = gallery - origin
+    queries = queries.astype(dtype) - origin
+    gallery = gallery.astype(dtype) - origin
     half_norms = np.einsum("nd,nd->n", gallery, gallery) / 2
-    if not (np.isfinite(queries).all() and np.isfinite(half_norms).all()):
-        raise ValueError("the features hold nan, inf or numbers too large to square")
 
     average_precisions = np.full(len(queries), np.nan)
     hits = np.zeros(max_rank)  # [k - 1]: the number of queries with a match in the first k
@@ -91,6 +91,8 @@ def evaluate_ranking(
     for start in range(0, len(queries), slab):
         # |q - g|^2 / 2 less |q|^2 / 2, which is the same for all g, ranks as the distance does.
         distances = half_norms - queries[start : start + slab] @ gallery.T  # (slab, gallery)
+        if not np.isfinite(distances).all():
+            raise ValueError("the features hold nan, inf or numbers too large to square")
         for i, row in enumerate(distances, start):
             same_id = gallery_ids == query_ids[i]
             matches = np.sort(row[valid & same_id & (gallery_cams != query_cams[i])])
@@ -126,9 +128,9 @@ def extract_features(
         share = math.ceil(len(paths) / dist.get_world_size())
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
-    # The last processes are padded with the first images.
+    # Equal shares: past the end, images from the start again, which are cut off below.
     own = [paths[i % len(paths)] for i in range(rank * share, (rank + 1) * share)]
-    dataset = ImageDataset(own, range(share), height, width)
+    dataset = ImageDataset(own, range(share), height, width)  # positions as labels, for progress
     network.eval()
     features = []
     for images, positions in DataLoader(dataset, batch_size=64, num_workers=workers):
@@ -157,12 +159,6 @@ def evaluate(
     """
     features = extract_splits(network, query, gallery, height, width, workers)
     return evaluate_ranking(*features, query.ids, gallery.ids, query.cams, gallery.cams)
-
-
-def progress(text: str) -> None:
-    """Shows text on a terminal until the next line is printed."""
-    if sys.stdout.isatty():
-        print(f"  {text:<30}", end="\r", flush=True)
 
 
 def load_run(run: str | Path, device: str | torch.device = "cpu") -> tuple[SONANet, dict]:
@@ -204,7 +200,7 @@ def main() -> None:
             values = {key: statistic([metrics[key] for metrics in table]) for key in table[0]}
             print(f"{title:<22}  {summary(values)}")
 
-    # pictures, of the last run
+    # pictures: the loop's variables are now the last run's
     if args.ranking:
         draw_ranking(query, gallery, *features, ranking.average_precisions).save(args.ranking)
     if args.attention:
@@ -236,6 +232,12 @@ def summary(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name}{100 * metrics[key]:7.2f}" for key, name in names.items())
 
 
+def progress(text: str) -> None:
+    """Shows text on a terminal until the next line is printed."""
+    if sys.stdout.isatty():
+        print(f"  {text:<30}", end="\r", flush=True)
+
+
 # ---------- Pictures ------------------------------------------------------------------------------
 
 TILE = (112, 224)  # width and height of an image in a picture
@@ -254,18 +256,18 @@ def draw_ranking(
     """A row per query with its five nearest images: ten queries, from the highest AP down."""
     counted = np.flatnonzero(~np.isnan(average_precisions))
     by_ap = counted[np.argsort(-average_precisions[counted])]
-    evenly = np.linspace(0, len(by_ap) - 1, min(10, len(by_ap))).round().astype(int)
+    ten_evenly = np.linspace(0, len(by_ap) - 1, min(10, len(by_ap))).round().astype(int)
     rows = []
-    for q in by_ap[evenly]:
+    for q in by_ap[ten_evenly]:
         caption = f"camera {query.cams[q]}\nAP {100 * average_precisions[q]:.1f} %"
-        row = [tile(query.paths[q], BLUE, caption)]
+        row = [(thumbnail(query.paths[q]), BLUE, caption)]
         same_id = gallery.ids == query.ids[q]
-        counts = ~same_id | (gallery.cams != query.cams[q])
+        valid = ~same_id | (gallery.cams != query.cams[q])
         distances = np.linalg.norm(gallery_features - query_features[q], axis=1)
         order = np.argsort(distances)
-        for i in order[counts[order]][:5]:
+        for i in order[valid[order]][:5]:
             caption = f"camera {gallery.cams[i]}\n{distances[i]:.2f}"
-            row.append(tile(gallery.paths[i], GREEN if same_id[i] else RED, caption))
+            row.append((thumbnail(gallery.paths[i]), GREEN if same_id[i] else RED, caption))
         rows.append(row)
     return draw_rows(rows, "Queries (blue), their nearest images and distances")
 
@@ -292,12 +294,13 @@ def draw_attention(
         sona, features = sona_input(network, normalize(image[None].to(device)))
         rows, columns = features.shape[2:]
         positions = rows * columns
-        weights = positions * sona.attention(features)[0].cpu()  # (HW, HW), 1 where uniform
-        row = [tile(path, "white", "")]
+        relative = positions * sona.attention(features)[0].cpu()  # (HW, HW), 1 where uniform
+        photo = thumbnail(path)
+        row = [(photo, "white", "")]
         for name, (top, left) in POINTS.items():
             point = int(top * rows) * columns + int(left * columns)
-            values, strongest = weights[point].topk(min(10, positions))
-            marked, _, _ = tile(path, "white", "")
+            values, strongest = relative[point].topk(min(10, positions))
+            marked = photo.copy()
             for position in [*strongest.tolist(), point]:
                 x = (position % columns + 0.5) / columns * TILE[0]
                 y = (position // columns + 0.5) / rows * TILE[1]
@@ -329,13 +332,12 @@ def sona_input(network: nn.Module, images: Tensor) -> tuple[SONA, Tensor]:
     return sona, inputs[0]
 
 
-def tile(path: str | Path, frame: str, caption: str) -> tuple[Image.Image, str, str]:
-    """An image to draw, its frame's colour, and a caption of two lines."""
-    return TF.to_pil_image(read_image(path)).resize(TILE), frame, caption
+def thumbnail(path: str | Path) -> Image.Image:
+    return TF.to_pil_image(read_image(path)).resize(TILE)
 
 
 def draw_rows(rows: list[list[tuple[Image.Image, str, str]]], title: str) -> Image.Image:
-    """Rows of tiles, each a framed image with its caption below."""
+    """Rows of images, each with a frame's colour and a caption of two lines below it."""
     width = TILE[0] + 14
     height = TILE[1] + 52
     size = width * max(map(len, rows)) + 4, height * len(rows) + 32
@@ -343,10 +345,10 @@ def draw_rows(rows: list[list[tuple[Image.Image, str, str]]], title: str) -> Ima
     draw = ImageDraw.Draw(picture)
     draw.text((9, 8), title, "black", font_size=15)
     for i, row in enumerate(rows):
-        for j, (image, frame, caption) in enumerate(row):
+        for j, (image, colour, caption) in enumerate(row):
             left = 4 + j * width
             top = 32 + i * height
-            picture.paste(ImageOps.expand(image, 5, frame), (left, top))
+            picture.paste(ImageOps.expand(image, 5, colour), (left, top))
             draw.text((left + 5, top + TILE[1] + 11), caption, "black", font_size=15)
     return picture
 

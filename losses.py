@@ -19,18 +19,20 @@ def batch_hard_triplet_loss(
     """Triplet loss on each anchor's farthest positive and nearest negative (Sec. 2.1).
 
     embeddings (B, D) floats, labels (B,) integers; returns a scalar in float32 or wider, even under
-    autocast (Hermans et al. 2017, Eq. 5). margin None is the soft margin, the mean of
-    softplus(d_ap - d_an); a number is a hard one, the mean of relu(margin + d_ap - d_an). Not in
-    the paper: the soft margin, on raw embeddings under Euclidean distance. An anchor without
-    another image of its identity is its own positive, at distance 0. In a batch of one identity the
-    loss is 0, because there is no triplet.
+    autocast (Hermans et al. 2017, Eq. 5).
 
-    Raises ValueError if the shapes do not match.
+    margin None is the soft margin, the mean of softplus(d_ap - d_an); a number is a hard one, the
+    mean of relu(margin + d_ap - d_an). Not in the paper: the soft margin, on raw embeddings under
+    Euclidean distance.
+
+    An anchor without another image of its identity is its own positive, at distance 0. In a batch
+    of one identity the loss is 0, because there is no triplet. Raises ValueError if the shapes do
+    not match.
     """
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
         raise ValueError(f"expected (B, D) and (B,), not {embeddings.shape} and {labels.shape}")
     if embeddings.dtype in (torch.float16, torch.bfloat16):
-        embeddings = embeddings.float()
+        embeddings = embeddings.float()  # cdist does not take half precision
     # From differences: |a|^2 - 2ab + |b|^2 loses precision far from the origin.
     distances = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
     same_identity = labels[:, None] == labels  # (B, B)
@@ -70,7 +72,7 @@ def branch_losses(
 
 
 def gather(x: Tensor) -> Tensor:
-    """(B, ...) of each process -> (processes * B, ...) on all, in the order of their ranks.
+    """Concatenates the x of all processes, in the order of ranks: (B, ...) -> (processes * B, ...).
 
     Returns x itself without torch.distributed. Gradients flow only into this process's own x,
     times the number of processes, so that DDP's mean over processes is the full gradient.
@@ -80,6 +82,6 @@ def gather(x: Tensor) -> Tensor:
     processes = dist.get_world_size()
     slots = [torch.empty_like(x) for _ in range(processes)]
     dist.all_gather(slots, x.detach().contiguous())
-    # x - x.detach() is 0 with the gradient of x: the value stays x's own, the gradient is scaled.
-    slots[dist.get_rank()] = x.detach() + processes * (x - x.detach())
+    own = x.detach() + processes * (x - x.detach())  # the value of x, its gradient times processes
+    slots[dist.get_rank()] = own
     return torch.cat(slots)

@@ -11,7 +11,7 @@ Fig. 2:
                         max pool, reduce                (B, 1024)
 
 Usage:
-    network = SONANet(num_classes=767, weights="imagenet")  # train.py's default; SONANet's is None
+    network = SONANet(num_classes=767, weights="imagenet")  # or None, for random weights
     global_embedding, global_logits = network.train()(images)["global"]     # and "local"
     embedding = network.eval()(images)                                      # (B, 1536)
 """
@@ -85,10 +85,11 @@ class SONA(nn.Module):
 class DropBlockPlus(nn.Module):
     """DropBlock with separate block height and width: (B, C, H, W) -> same (Sec. 2.1, 3.2).
 
-    drop_rate is the paper's gamma. Not in the paper: it is the share of positions to drop if no
-    blocks overlap. Blocks lie inside the map; one larger than the map is clipped to it. All
-    channels of an image share one mask. What remains is divided by the mean of all masks in the
-    pass. Identity in eval mode.
+    drop_rate is the paper's gamma. Not in the paper: gamma is read as the share of positions that
+    blocks would drop if none overlapped, because as DropBlock's own gamma, the rate of blocks'
+    corners, 0.1 would drop 78 % of the map. Blocks lie inside the map; one larger than the map is
+    clipped to it. All channels of an image share one mask. What remains is divided by the mean of
+    all masks in the pass. Identity in eval mode.
     """
 
     def __init__(self, drop_rate: float = 0.1, block_height: int = 5, block_width: int = 8) -> None:
@@ -147,7 +148,8 @@ class BatchDropBlock(nn.Module):
         return x.masked_fill(rows & columns, 0)  # mask: (H, W)
 
 
-# Which module follows stage 2, stage 3, or stage 4 on a branch (Sec. 3.3, 3.4).
+# What follows stage 2, stage 3, or stage 4 on a branch (Sec. 3.3, 3.4): SONA, or another class that
+# is called with the number of channels.
 PLACEMENTS = {
     "none": {},
     "2": {"stage2": SONA},
@@ -159,7 +161,8 @@ PLACEMENTS = {
 }
 
 # The local branch's drop layer: BL, BL+DB, BL+DB+ and BL+BFE (Table 5).
-# Not in the paper: blocks of 7 x 7 in BL+DB, and the ratios of BL+BFE.
+# Not in the paper: blocks of 7 x 7 in BL+DB; the ratios of BL+BFE, which are those of BFE's code
+# until March 2019.
 DROPS = {
     "none": nn.Identity,
     "dropblock": partial(DropBlockPlus, block_height=7, block_width=7),
@@ -169,19 +172,19 @@ DROPS = {
 
 
 class SONANet(nn.Module):
-    """The network of Fig. 2. Usually faster if its parameters are in torch.channels_last format.
+    """The network of Fig. 2.
 
     sona     where SONA is inserted, a key of PLACEMENTS
     drop     the local branch's drop layer, a key of DROPS
-    weights  to start from: None, "imagenet", or the path of a ResNet-50's state dict or of a run's
-             last.pt, whose classifiers are left out
+    weights  to start from: None, "imagenet", or a path: a ResNet-50's state dict, or a run's
+             last.pt. Classifiers are not loaded
 
     Input: (B, 3, height, width) floats, normalised by ImageNet's mean and standard deviation.
     In training mode returns {"global": (embedding (B, 512), logits (B, num_classes)),
     "local": (embedding (B, 1024), logits)}; in eval mode the two embeddings concatenated,
     (B, 1536). The paper's test embedding is the mean over an image and its mirror image (Sec. 3.2).
-    Raises KeyError for an unknown sona or drop, and what torch raises for weights that it cannot
-    load.
+
+    Usually faster with its parameters in torch.channels_last format.
     """
 
     def __init__(
@@ -277,5 +280,6 @@ def load_initial_weights(network: SONANet, backbone: ResNet, weights: str | Path
         own = network.state_dict()
         classifiers = {name: own[name] for name in own if "_classifier." in name}
         network.load_state_dict(state["network"] | classifiers)
-    else:
-        backbone.load_state_dict({name: x for name, x in state.items() if name[:3] != "fc."})
+    else:  # the backbone's layers are the network's
+        state = {name: x for name, x in state.items() if not name.startswith("fc.")}
+        backbone.load_state_dict(state)

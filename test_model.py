@@ -227,18 +227,18 @@ def seen(network, images, *names):
     return [found[name] for name in names]
 
 
-SONA_CHANNELS = {
-    "none": [],
-    "2": [512],
-    "3": [1024],
-    "2+3": [512, 1024],
-    "4-global": [2048],
-    "4-local": [2048],
-    "4-both": [2048, 2048],
+SONAS = {  # --sona: the channels of the modules after each place
+    "none": {},
+    "2": {"stage2": 512},
+    "3": {"stage3": 1024},
+    "2+3": {"stage2": 512, "stage3": 1024},
+    "4-global": {"global": 2048},
+    "4-local": {"local": 2048},
+    "4-both": {"global": 2048, "local": 2048},
 }
 
 
-@pytest.mark.parametrize("sona", SONA_CHANNELS)
+@pytest.mark.parametrize("sona", SONAS)
 def test_the_network_has_the_papers_layers(sona):
     network = SONANet(10, sona)
     images = torch.randn(2, 3, 64, 32)
@@ -251,23 +251,21 @@ def test_the_network_has_the_papers_layers(sona):
     parameters += 2 * 2048 * 512 + 9 * 512 * 512 + 2 * (512 + 512 + 2048)  # bottleneck
     parameters += 2048 * 512 + 2 * 512 + 2048 * 1024 + 2 * 1024  # reductions, without bias
     parameters += 10 * (512 + 1) + 10 * (1024 + 1)  # classifiers
-    for c in SONA_CHANNELS[sona]:
+    for c in SONAS[sona].values():
         d = c // 2
         parameters += c * d + 2 * d + (c * d + d) + (d * c + c)  # theta with batch norm, g, p
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
 
 
-@pytest.mark.parametrize("sona", SONA_CHANNELS)
+@pytest.mark.parametrize("sona", SONAS)
 def test_sona_stands_where_the_paper_puts_it(sona):
     network = SONANet(10, sona).eval()
     for module in network.modules():
         if isinstance(module, SONA):
             nn.init.normal_(module.p.weight)
-    places = {"2": ["stage2"], "3": ["stage3"], "2+3": ["stage2", "stage3"], "none": []}
-    places |= {"4-global": ["global"], "4-local": ["local"], "4-both": ["global", "local"]}
     for place in ("stage2", "stage3", "global", "local"):
         ((x, y),) = seen(network, torch.randn(2, 3, 64, 32), f"{place}_sona")
-        assert torch.equal(x, y) == (place not in places[sona])
+        assert torch.equal(x, y) == (place not in SONAS[sona])
 
 
 def test_modules_follow_each_other_as_in_figure_2():
@@ -589,6 +587,49 @@ def test_the_toy_is_drawn_whole_and_the_same_each_time(tmp_path):
 # ---------- The schedule and the training step (Sec. 3.2) -----------------------------------------
 
 
+def settings_of(*flags):
+    with mock.patch.object(sys, "argv", ["train.py", *flags]):
+        args, _ = train.parse_args()
+    return vars(args)
+
+
+PAPERS = {
+    "dataset": "cuhk03",
+    "data_dir": "datasets",
+    "height": 384,
+    "width": 128,
+    "workers": 2,
+    "sona": "2",
+    "drop": "dropblock+",
+    "weights": "imagenet",
+    "ids_per_batch": 32,
+    "images_per_id": 4,
+    "epochs": 400,
+    "lr": 1e-3,
+    "margin": None,
+    "seed": 0,
+    "images_per_pass": 32,
+    "recompute": False,
+    "fp16": False,
+    "eval_every": 50,
+    "output": "runs/cuhk03",
+    "resume": False,
+}
+
+
+def test_the_settings_are_the_papers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert settings_of("--dataset", "cuhk03") == PAPERS
+
+
+def test_the_toy_has_settings_of_its_own_below_typed_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    toy = {"height": 64, "width": 32, "ids_per_batch": 8, "epochs": 30, "eval_every": 10}
+    toy |= {"dataset": "toy", "output": "runs/toy", "weights": "none", "workers": 0}
+    assert settings_of() == PAPERS | toy
+    assert settings_of("--epochs", "7") == PAPERS | toy | {"epochs": 7}
+
+
 def test_the_learning_rate_is_the_papers():
     warm_up = [1e-4 * step for step in range(1, 11) for _ in range(5)]
     papers = warm_up + 150 * [1e-3] + 100 * [1e-4] + 100 * [1e-5]
@@ -770,8 +811,8 @@ def test_ranking_takes_lists_and_tensors(kind):
     np.testing.assert_array_equal(evaluate_ranking(**converted).average_precisions, expected)
 
 
-FAR = np.ones((60, 6))
-FAR[30] = np.inf
+WITH_INF = np.ones((60, 6))
+WITH_INF[30] = np.inf
 
 
 @pytest.mark.parametrize(
@@ -779,7 +820,7 @@ FAR[30] = np.inf
     [
         ({"query_ids": np.full(20, 99)}, "no query has a true match"),
         ({"query_features": np.full((20, 6), np.nan)}, "nan, inf or numbers too large"),
-        ({"gallery_features": FAR}, "nan, inf or numbers too large"),
+        ({"gallery_features": WITH_INF}, "nan, inf or numbers too large"),
         ({"query_cams": np.zeros(7)}, "queries, their ids and their cams differ in length"),
         ({"gallery_ids": np.zeros(7)}, "gallery, its ids and its cams differ in length"),
     ],
@@ -833,7 +874,7 @@ class Tiny(nn.Module):
 
 
 def start(program, arguments, processes):
-    """Forks that run train or evaluate with Tiny, as torchrun would; patches made here hold."""
+    """Starts processes as torchrun does, but by fork, so that patches made here apply in them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -941,13 +982,13 @@ def test_a_run_trains_logs_and_evaluates(run):
     assert [record["lr"] for record in records] == [learning_rate(epoch, 4) for epoch in range(4)]
     metrics = {"mean_ap", "rank1", "rank5", "rank10"}
     for record in records:
-        parts = [record[f"{b}_{part}"] for b, part in product(("global", "local"), LOSSES)]
+        parts = [
+            record[f"{branch}_{loss}"]
+            for branch, loss in product(("global", "local"), ("triplet", "cross_entropy"))
+        ]
         assert record["loss"] == pytest.approx(sum(parts))
         assert {"global_accuracy", "local_accuracy"} < set(record)
         assert metrics & set(record) == (metrics if record["epoch"] in (1, 3) else set())
-
-
-LOSSES = ("triplet", "cross_entropy")
 
 
 def test_a_runs_folder_holds_the_checkpoint_and_the_log(run):
@@ -963,6 +1004,22 @@ def test_adam_has_one_rate_and_one_decay_for_all_parameters(run):
     assert (group["lr"], group["betas"]) == (learning_rate(3, 4), (0.9, 0.999))
     assert group["weight_decay"] == 5e-4
     assert len(group["params"]) == len([*Tiny(4).parameters()])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--sona", "none"],
+        ["--drop", "none"],
+        ["--margin", 5],
+        ["--lr", 0.1],
+        ["--seed", 1],
+        ["--images-per-pass", 2],
+    ],
+)
+def test_flags_change_the_run(small, run, tmp_path, flags):
+    launch(train, *small, "--epochs", 4, "--eval-every", 0, *flags, "--output", tmp_path)
+    assert losses_of(tmp_path)[-1] != pytest.approx(losses_of(run)[-1], rel=1e-5)
 
 
 def test_evaluate_prints_the_runs_own_metrics(run, capsys):
@@ -1181,33 +1238,61 @@ def test_what_is_no_jpeg_or_png_is_named(tmp_path, content):
 def test_pictures_are_drawn(run, tmp_path):
     pictures = tmp_path / "ranking.png", tmp_path / "attention.png"
     launch(evaluate, run, "--workers", 0, "--ranking", pictures[0], "--attention", pictures[1])
-    for picture in pictures:  # six queries, with five images or points each
-        width, height = Image.open(picture).size
-        assert (width - 4) / (evaluate.TILE[0] + 14) == 6
-        assert (height - 32) / (evaluate.TILE[1] + 52) == 6
+    assert Image.open(pictures[0]).size == Image.open(pictures[1]).size  # six queries each
 
 
-def test_the_ranking_is_drawn_from_the_best_query_to_the_worst(datasets, monkeypatch):
-    splits = data.load_dataset("market1501", datasets)
-    query = data.Split(splits["query"].paths * 2, np.tile(splits["query"].ids, 2), np.ones(12))
-    drawn = []
-    monkeypatch.setattr(evaluate, "draw_rows", lambda rows, title: drawn.extend(rows))
+@pytest.fixture
+def drawn(monkeypatch):
+    """The rows of the pictures that are drawn: lists of (image, frame's colour, caption)."""
+    rows = []
+    monkeypatch.setattr(evaluate, "draw_rows", lambda new, title: rows.extend(new))
+    return rows
+
+
+def test_the_ranking_shows_ten_queries_from_the_best_to_the_worst(datasets, drawn):
+    query = data.load_dataset("market1501", datasets)["query"]
+    query = data.Split(query.paths * 2, np.tile(query.ids, 2), np.tile(query.cams, 2))
     aps = np.array([0.1, 0.9, 0.5, np.nan, 0.3, 0.2, 0.4, 0.6, 0.7, 0.8, 0.0, 1.0])
-    queries = np.zeros((12, 2))
-    gallery = np.array([[i, 0] for i in range(12)])
-    evaluate.draw_ranking(query, splits["gallery"], queries, gallery, aps)
-    captions = [[caption for _, _, caption in row] for row in drawn]
-    shown = [float(row[0].split()[3]) for row in captions]
-    assert len(shown) == 10
-    assert shown == sorted(shown, reverse=True)
-    assert (shown[0], shown[-1]) == (100, 0)
-    for (_, frame, _), *images in drawn:
-        assert frame == evaluate.BLUE
-        assert len(images) == 5
-        assert {frame for _, frame, _ in images} <= {evaluate.GREEN, evaluate.RED}
-    for row in captions:  # the nearest first
-        distances = [float(caption.split()[2]) for caption in row[1:]]
-        assert distances == sorted(distances)
+    evaluate.draw_ranking(query, query, np.zeros((12, 2)), np.zeros((12, 2)), aps)
+    shown = [caption.split("AP ")[1] for (_, _, caption), *_ in drawn]
+    kept = [100, 90, 80, 70, 60, 40, 30, 20, 10, 0]  # ten of the eleven
+    assert shown == [f"{ap:.1f} %" for ap in kept]
+
+
+def test_the_ranking_shows_the_nearest_images_that_count(datasets, drawn):
+    path = data.load_dataset("market1501", datasets)["query"].paths[0]
+    query = data.Split([path], np.array([50]), np.array([1]))
+    ids = np.array([51, 50, 50, 52, 51, 50, 50])
+    cams = np.array([1, 2, 1, 2, 2, 2, 2])  # the third is of the query's own camera
+    gallery = data.Split([path] * 7, ids, cams)
+    distances = np.array([[3.0], [1.0], [0.0], [2.0], [4.0], [5.0], [6.0]])
+    evaluate.draw_ranking(query, gallery, np.zeros((1, 1)), distances, np.ones(1))
+    ((_, *nearest),) = drawn
+    green, red = evaluate.GREEN, evaluate.RED
+    assert [colour for _, colour, _ in nearest] == [green, red, red, red, green]
+    assert [caption.split()[2] for _, _, caption in nearest] == "1.00 2.00 3.00 4.00 5.00".split()
+
+
+def test_attention_marks_the_point_and_where_it_looks(datasets, drawn):
+    path = data.load_dataset("market1501", datasets)["query"].paths[0]
+    network = Tiny(4).eval()
+    evaluate.draw_attention(network, [path], 64, 32)  # a map of 16 x 8
+    ((photo, *marked),) = drawn
+    sona, features = evaluate.sona_input(
+        network, normalize(ImageDataset([path], [0], 64, 32)[0][0][None])
+    )
+    attention = sona.attention(features)[0].unflatten(0, (16, 8))  # (16, 8, HW)
+    cell = evaluate.TILE[0] // 8
+    for (image, _, caption), (name, (top, left)) in zip(
+        marked, evaluate.POINTS.items(), strict=True
+    ):
+        row, column = int(16 * top), int(8 * left)
+        assert caption.startswith(name)
+        assert image.getpixel((column * cell + 7, row * cell + 7)) == (0x20, 0xE0, 0x40)
+        for position in attention[row, column].topk(10).indices.tolist():
+            if position != 8 * row + column:
+                at = position % 8 * cell + 7, position // 8 * cell + 7
+                assert image.getpixel(at) == (0xFF, 0x20, 0x20)
 
 
 def test_attention_needs_sona(tmp_path):
@@ -1218,8 +1303,7 @@ def test_attention_needs_sona(tmp_path):
 @pytest.mark.parametrize("size", [(32, 16), (8, 8)])
 def test_attention_is_drawn_on_any_map(datasets, size):
     paths = data.load_dataset("market1501", datasets)["query"].paths[:2]
-    picture = evaluate.draw_attention(Tiny(4).eval(), paths, *size)
-    assert picture.height == 2 * (evaluate.TILE[1] + 52) + 32
+    evaluate.draw_attention(Tiny(4).eval(), paths, *size)
 
 
 def test_the_readmes_python_runs(run, tmp_path, monkeypatch, capsys):
@@ -1231,13 +1315,14 @@ def test_the_readmes_python_runs(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "SONANet", Tiny)
     names = {**vars(data), **vars(losses), **vars(model), "__name__": "__main__"}
-    names |= {"terms": {}, "branch": "global", "embedding": torch.ones(2, 4)}
+    names |= {"terms": {}, "branch": "global", "embedding": torch.ones(2, 4)}  # of branch_losses
     blocks = re.findall(r"^```python\n(.*?)^```$", (HERE / "README.md").read_text(), re.S | re.M)
-    with mock.patch.dict(PLACEMENTS), mock.patch.dict(DATASETS):
+    assert len(blocks) == 5
+    with mock.patch.dict(PLACEMENTS):
         for block in blocks:
             exec(compile(block, "README.md", "exec"), dict(names))
-        for sona in PLACEMENTS.keys() - SONA_CHANNELS.keys():
-            assert SONANet(4, sona).eval()(torch.rand(1, 3, 32, 16)).shape == (1, 1536)
+        assert PLACEMENTS.keys() - SONAS.keys() == {"scaled"}
+        assert SONANet(4, "scaled").eval()(torch.rand(1, 3, 32, 16)).shape == (1, 1536)
     assert re.match(r"0.000  photos/1.jpg\n\S+  photos/2.jpg\n", capsys.readouterr().out)
     images = torch.rand(3, 3, 32, 16)
     embeddings = torch.export.load("sona.pt2").module()(images)

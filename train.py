@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 from torch.utils.data import DataLoader
 
 from data import DATASETS, IdentitySampler, ImageDataset, augment, describe, load_dataset
@@ -62,7 +62,7 @@ def main() -> None:
     network = SONANet(len(identities), args.sona, args.drop, weights)
     network.to(device, memory_format=torch.channels_last)
     # Not in the paper: weight decay 5e-4, as an L2 term, on all parameters.
-    optimizer = torch.optim.Adam(network.parameters(), args.lr, weight_decay=5e-4, fused=True)
+    optimizer = torch.optim.Adam(network.parameters(), weight_decay=5e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.fp16)
 
     # resuming
@@ -89,7 +89,7 @@ def main() -> None:
         print(f"resuming after {len(history)} epochs of {args.epochs}")
     print(f"\n{HEADER}")
 
-    saved = -math.inf  # when, so that the first epoch of each start is saved
+    last_saved = -math.inf  # so that the first epoch of each start is saved
     for epoch in range(len(history), args.epochs):
         lr = learning_rate(epoch, args.epochs, args.lr)
         for group in optimizer.param_groups:
@@ -121,21 +121,21 @@ def main() -> None:
         if rank == 0:
             lines = [json.dumps(record) + "\n" for record in history]
             (output / "log.jsonl").write_text("".join(lines))
-        if rank == 0 and (last or time.perf_counter() - saved >= CHECKPOINT_SECONDS):
-            state = {
-                "network": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "history": history,
-                "identities": identities,
-                "settings": vars(args),
-            }
-            save(state, output / "last.pt")
-            saved = time.perf_counter()
+            if last or time.perf_counter() - last_saved >= CHECKPOINT_SECONDS:
+                state = {
+                    "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "history": history,
+                    "identities": identities,
+                    "settings": vars(args),
+                }
+                save(state, output / "last.pt")
+                last_saved = time.perf_counter()
     print(f"\nthe run is in {output}")
 
     if processes > 1:
-        dist.barrier()  # gloo's threads may still be at work
+        dist.barrier()  # a process that leaves while others still talk can end them with an error
         dist.destroy_process_group()
 
 
@@ -150,11 +150,11 @@ def train_epoch(
     """Trains for an epoch; returns the means of the parts of branch_losses over its steps."""
     device = next(model.parameters()).device
     model.train()
-    logged = []  # (parts,) of each step, on the device, so that no step waits for a copy
+    logged = []  # the parts of each step, on the device: copying each would wait for it
     for step, (images, labels) in enumerate(loader):
         images = images.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
-        outputs = model(images, (args.seed, epoch, step))
+        outputs = model(images, (args.seed, epoch, step))  # augmentation, then the network
         loss, parts = branch_losses(outputs, labels, args.margin)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -163,7 +163,7 @@ def train_epoch(
         logged.append(torch.stack([*parts.values()]))
         progress(f"step {step + 1} of {len(loader)}")
     means = gather(torch.stack(logged)).mean(0)  # over the steps of all processes
-    return dict(zip(parts, means.tolist(), strict=True))
+    return dict(zip(parts, means.tolist(), strict=True))  # parts has the same names at each step
 
 
 class Passes(nn.Module):
@@ -201,7 +201,7 @@ class Passes(nn.Module):
     def forward(
         self, images: Tensor, rng_key: tuple[int, int, int]
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        if len(images) % min(self.images_per_pass, len(images)):
+        if len(images) > self.images_per_pass and len(images) % self.images_per_pass:
             raise ValueError(
                 f"--images-per-pass {self.images_per_pass} must divide a process's {len(images)}"
             )
@@ -212,7 +212,7 @@ class Passes(nn.Module):
             arguments = passes[i], rng_key, self.rank * len(passes) + i
             if self.recompute and i > 0:
                 # A pass seeds itself, so no state of a generator needs to be kept.
-                outputs[i] = recomputed(
+                outputs[i] = activation_checkpoint(
                     self.run_pass, *arguments, use_reentrant=False, preserve_rng_state=False
                 )
             else:
@@ -227,9 +227,10 @@ class Passes(nn.Module):
         self, images: Tensor, rng_key: tuple[int, int, int], number: int
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """The network's outputs for pass `number` of the whole batch, counted from 0."""
-        torch.manual_seed(int(np.random.SeedSequence((*rng_key, number)).generate_state(1)[0]))
-        for norm in self.norms:
-            norm.track_running_stats = number == 0  # in the whole batch's first pass
+        seeds = np.random.SeedSequence((*rng_key, number))  # hashes the four numbers
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+        for norm in self.norms:  # running statistics are those of the whole batch's first pass
+            norm.track_running_stats = number == 0
         # Autocast per pass: one around all passes would share half-precision copies of the weights
         # and sum their gradients in half precision.
         with torch.autocast(images.device.type, torch.float16, enabled=self.fp16):
@@ -255,7 +256,7 @@ def learning_rate(epoch: int, epochs: int = 400, peak: float = 1e-3) -> float:
 
 def save(state: dict, path: Path) -> None:
     """Writes a checkpoint; if the process is killed, path holds a complete one, old or new."""
-    # Trainers may outlive a killed torchrun and write, too: to a file of their own.
+    # The process number, because trainers that outlive a killed torchrun may be writing, too.
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
     torch.save(state, scratch)
     os.replace(scratch, path)
@@ -272,7 +273,7 @@ def start_process() -> tuple[torch.device, int, int]:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if processes > 1:
-        # gloo and NCCL do not survive the fork of a loader's workers.
+        # For the loaders' workers, as DistributedDataParallel's documentation asks.
         multiprocessing.set_start_method("spawn", force=True)
         dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     if rank > 0:
@@ -339,14 +340,6 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     )
     add("--margin", type=float, help="hard triplet margin, e.g. 0.3 [soft margin]")
     add("--seed", type=int, default=0, help="random seed [%(default)s]")
-    add("--output", help="folder of the run [runs/DATASET]")
-    add("--resume", action="store_true", help="resume the run in --output; if none, start one")
-    add(
-        "--eval-every",
-        type=int,
-        default=50,
-        help="evaluate after every N epochs; 0: only after the last [%(default)s]",
-    )
     add(
         "--images-per-pass",
         type=int,
@@ -366,8 +359,16 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
         default=False,
         help="train in half precision: faster on GPUs with tensor cores, and less memory",
     )
+    add(
+        "--eval-every",
+        type=int,
+        default=50,
+        help="evaluate after every N epochs; 0: only after the last [%(default)s]",
+    )
+    add("--output", help="folder of the run [runs/DATASET]")
+    add("--resume", action="store_true", help="resume the run in --output; if none, start one")
 
-    # Parsed twice, because the data set and the run decide the defaults.
+    # Parsed twice: typed flags override the run's settings, these the toy's, these the paper's.
     typed = parser.parse_args()
     output = typed.output or f"runs/{typed.dataset}"
     if typed.dataset == "toy":

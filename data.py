@@ -39,7 +39,7 @@ class Source(NamedTuple):
     """Where a data set is, and what should be in it."""
 
     folder: str  # in --data-dir
-    counts: dict[str, tuple[int, int]] = {}  # published (images, identities): Table 1, Sec. 3.1
+    counts: dict[str, tuple[int, int]] = {}  # expected (images, identities): Table 1, Sec. 3.1
 
 
 DATASETS = {
@@ -191,7 +191,7 @@ def cutout(images: Tensor, probability: float = 0.5) -> Tensor:
     batch, _, height, width = images.shape
     side = round(math.sqrt(height * width / 12))
 
-    def random_interval(size: int) -> Tensor:  # (B, size) bool, True for `side` neighbours
+    def random_interval(size: int) -> Tensor:  # (B, size) bool, True at `side` positions in a row
         start = torch.randint(size - side + 1, (batch, 1), device=images.device)
         position = torch.arange(size, device=images.device)
         return (start <= position) & (position < start + side)
@@ -300,14 +300,14 @@ def draw_pedestrian(person: int, camera: int, number: int) -> Image.Image:
     hair = who.choice(HAIRS)
     top, second, bottom, bag = who.choice(CLOTHES, 4)
     pattern, carries, long_hair, shorts = who.integers((4, 3, 2, 2))
-    width = who.uniform(22, 32)
+    half_width = who.uniform(22, 32)
     height = who.uniform(190, 225)
     x = when.normal(64, 6)
     feet = when.normal(244, 4)
     stride = when.uniform(-0.5, 0.5)
 
     def at(*points: tuple[float, float]) -> list:  # half-widths, heights -> pixels
-        return [(x + dx * width, feet - dy * height) for dx, dy in points]
+        return [(x + dx * half_width, feet - dy * height) for dx, dy in points]
 
     # The street, and something that stands there.
     wall, ground = where.integers(100, 180, (2, 3)).tolist()

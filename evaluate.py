@@ -77,7 +77,7 @@ def evaluate_ranking(
     if not len(gallery) == len(gallery_ids) == len(gallery_cams):
         raise ValueError("gallery, its ids and its cams differ in length")
 
-    # Seen from the gallery's first image, because |g|^2 / 2 - qg loses precision far from it.
+    # The origin moves to the gallery's first image: |g|^2 / 2 - qg loses precision far from it.
     dtype = np.result_type(queries, gallery, np.float32)
     origin = gallery[0].astype(dtype)
     queries = queries.astype(dtype) - origin
@@ -99,7 +99,7 @@ def evaluate_ranking(
             others = np.sort(row[valid & ~same_id])
             if len(matches) == 0:
                 continue
-            # Ranks of the matches, from 0: how many others are nearer or as near, and matches.
+            # A match's rank, from 0: the others that are nearer or as near, and the matches before.
             ranks = np.searchsorted(others, matches, side="right") + np.arange(len(matches))
             average_precisions[i] = np.mean(np.arange(1, len(matches) + 1) / (ranks + 1))
             hits[ranks[0] :] += 1
@@ -130,11 +130,12 @@ def extract_features(
             dist.broadcast(buffer, 0)
     # Equal shares: past the end, images from the start again, which are cut off below.
     own = [paths[i % len(paths)] for i in range(rank * share, (rank + 1) * share)]
-    dataset = ImageDataset(own, range(share), height, width)  # positions as labels, for progress
+    dataset = ImageDataset(own, [0] * share, height, width)  # labels are not used
     network.eval()
     features = []
-    for images, positions in DataLoader(dataset, batch_size=64, num_workers=workers):
-        progress(f"image {positions[0]} of {share}")
+    loader = DataLoader(dataset, batch_size=64, num_workers=workers)
+    for i, (images, _) in enumerate(loader):
+        progress(f"image {64 * i} of {share}")
         images = normalize(images.to(device))
         embeddings = network(torch.cat([images, images.flip(3)]))  # (2B, 1536)
         features.append(embeddings.unflatten(0, (2, -1)).mean(0))
@@ -181,7 +182,7 @@ def main() -> None:
     args = parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs = [load_run(run, device) for run in args.runs]
-    _, settings = runs[-1]
+    _, settings = runs[-1]  # which the pictures show, too
     name = args.dataset or settings["dataset"]
     splits = load_dataset(name, args.data_dir or settings["data_dir"])
     _, query, gallery = splits.values()
@@ -195,12 +196,12 @@ def main() -> None:
         table.append(ranking.metrics())
         print(f"{run:<22}  {summary(table[-1])}", flush=True)
     if len(runs) > 1:
-        # Not in the paper: the population's deviation, as the paper's seem to be.
+        # Not in the paper: which deviation. Its tables fit the population's.
         for title, statistic in [("mean", np.mean), ("standard deviation", np.std)]:
             values = {key: statistic([metrics[key] for metrics in table]) for key in table[0]}
             print(f"{title:<22}  {summary(values)}")
 
-    # pictures: the loop's variables are now the last run's
+    # The loop's variables are now the last run's.
     if args.ranking:
         draw_ranking(query, gallery, *features, ranking.average_precisions).save(args.ranking)
     if args.attention:
@@ -262,7 +263,7 @@ def draw_ranking(
         caption = f"camera {query.cams[q]}\nAP {100 * average_precisions[q]:.1f} %"
         row = [(thumbnail(query.paths[q]), BLUE, caption)]
         same_id = gallery.ids == query.ids[q]
-        valid = ~same_id | (gallery.cams != query.cams[q])
+        valid = ~same_id | (gallery.cams != query.cams[q])  # junk is left out by read_split
         distances = np.linalg.norm(gallery_features - query_features[q], axis=1)
         order = np.argsort(distances)
         for i in order[valid[order]][:5]:
@@ -312,7 +313,6 @@ def draw_attention(
     return draw_rows(drawn, title)
 
 
-@torch.no_grad()
 def sona_input(network: nn.Module, images: Tensor) -> tuple[SONA, Tensor]:
     """The first SONA module of a network in eval mode and its input (B, C, h, w), for images.
 

@@ -55,7 +55,8 @@ def branch_losses(
     parts are detached scalars: the loss, and each branch's triplet loss, cross-entropy and accuracy
     (the share of images classified correctly). Not in the paper: smoothing 0.1 (Szegedy et al.
     2016), weight 1 for each of the four losses, and under DistributedDataParallel triplets mined
-    over the whole batch, as with DataParallel.
+    over the whole batch, as with DataParallel. The other parts are of this process's images, so
+    that the mean over processes is the whole batch's.
     """
     all_labels = gather(labels)
     terms = {}
@@ -81,7 +82,7 @@ def gather(x: Tensor) -> Tensor:
         return x
     processes = dist.get_world_size()
     slots = [torch.empty_like(x) for _ in range(processes)]
-    dist.all_gather(slots, x.detach().contiguous())
+    dist.all_gather(slots, x.detach())
     own = x.detach() + processes * (x - x.detach())  # the value of x, its gradient times processes
     slots[dist.get_rank()] = own
     return torch.cat(slots)

@@ -85,11 +85,13 @@ class SONA(nn.Module):
 class DropBlockPlus(nn.Module):
     """DropBlock with separate block height and width: (B, C, H, W) -> same (Sec. 2.1, 3.2).
 
-    drop_rate is the paper's gamma. Not in the paper: gamma is read as the share of positions that
-    blocks would drop if none overlapped, because as DropBlock's own gamma, the rate of blocks'
-    corners, 0.1 would drop 78 % of the map. Blocks lie inside the map; one larger than the map is
-    clipped to it. All channels of an image share one mask. What remains is divided by the mean of
-    all masks in the pass. Identity in eval mode.
+    drop_rate is the paper's gamma, 0.1. Not in the paper: it is read as the share of positions that
+    would be dropped if no blocks overlapped. DropBlock's own gamma is the rate of blocks' corners;
+    at 0.1, that would drop 78 % of the map.
+
+    Nor are these in the paper: blocks lie inside the map, and one larger than the map is clipped to
+    it. All channels of an image share one mask. What remains is divided by the mean of all masks in
+    the pass. Identity in eval mode.
     """
 
     def __init__(self, drop_rate: float = 0.1, block_height: int = 5, block_width: int = 8) -> None:
@@ -109,10 +111,10 @@ class DropBlockPlus(nn.Module):
         # overlapped (Ghiasi et al. 2018, Eq. 1).
         rows = height - block_height + 1
         columns = width - block_width + 1
-        blocks = self.drop_rate * (height * width) / (block_height * block_width)  # of an image
-        corner_rate = blocks / (rows * columns)
+        expected_blocks = self.drop_rate * (height * width) / (block_height * block_width)
+        corner_rate = expected_blocks / (rows * columns)
         corners = torch.rand(len(x), 1, rows, columns, device=x.device) < corner_rate
-        # A position is dropped if there is a corner up to a block's size above and left of it.
+        # A position is dropped if a corner lies less than a block's size above and left of it.
         padding = (block_width - 1, block_width - 1, block_height - 1, block_height - 1)
         corners = F.pad(corners.float(), padding)  # left, right, top, bottom
         dropped = F.max_pool2d(corners, (block_height, block_width), stride=1)
@@ -161,8 +163,8 @@ PLACEMENTS = {
 }
 
 # The local branch's drop layer: BL, BL+DB, BL+DB+ and BL+BFE (Table 5).
-# Not in the paper: blocks of 7 x 7 in BL+DB; the ratios of BL+BFE, which are those of BFE's code
-# until March 2019.
+# Not in the paper: blocks of 7 x 7 in BL+DB, which here has one mask for all channels, unlike the
+# original; the ratios of BL+BFE, which are those of BFE's code until March 2019.
 DROPS = {
     "none": nn.Identity,
     "dropblock": partial(DropBlockPlus, block_height=7, block_width=7),
@@ -196,10 +198,10 @@ class SONANet(nn.Module):
     ) -> None:
         super().__init__()
 
-        modules = PLACEMENTS[sona]
+        placement = PLACEMENTS[sona]
 
         def sona_after(place: str, channels: int) -> nn.Module:
-            return modules[place](channels) if place in modules else nn.Identity()
+            return placement[place](channels) if place in placement else nn.Identity()
 
         backbone = dilated_resnet50()
         self.stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool)
@@ -218,14 +220,14 @@ class SONANet(nn.Module):
         self.local_bottleneck = Bottleneck(2048, 512)  # 2048 -> 512 -> 2048 channels
         self.drop = DROPS[drop]()
         self.local_reduction = feature_reduction(2048, 1024)
-        # Not in the paper: with this standard deviation, cross-entropy starts at ln(num_classes).
+        # Not in the paper: deviation 0.001, so that cross-entropy starts near ln(num_classes).
         self.global_classifier = nn.Linear(512, num_classes)
         self.local_classifier = nn.Linear(1024, num_classes)
         for classifier in (self.global_classifier, self.local_classifier):
             nn.init.normal_(classifier.weight, std=0.001)
             nn.init.zeros_(classifier.bias)
 
-        if weights is not None:
+        if weights is not None:  # the backbone's layers are self's: loading one fills the other
             load_initial_weights(self, backbone, weights)
 
     def forward(self, images: Tensor) -> Tensor | dict[str, tuple[Tensor, Tensor]]:
@@ -280,6 +282,6 @@ def load_initial_weights(network: SONANet, backbone: ResNet, weights: str | Path
         own = network.state_dict()
         classifiers = {name: own[name] for name in own if "_classifier." in name}
         network.load_state_dict(state["network"] | classifiers)
-    else:  # the backbone's layers are the network's
+    else:
         state = {name: x for name, x in state.items() if not name.startswith("fc.")}
         backbone.load_state_dict(state)

@@ -136,7 +136,7 @@ def test_sona_never_holds_the_attention_matrix():
     x = torch.randn(1, 16, 48, 16, requires_grad=True)
     with Sizes():
         sona(x).sum().backward()
-    assert x.numel() <= max(sizes) < 768 * 768 / 4
+    assert x.numel() <= max(sizes) < 768 * 768 / 4  # the map was seen, and no (HW, HW)
 
 
 # ---------- Drop layers (Sec. 2.1, 3.4) -----------------------------------------------------------
@@ -156,7 +156,7 @@ def test_dropblock_plus_drops_whole_blocks_of_an_image():
 def test_dropblock_plus_drops_the_share_of_dropblocks_equation_1():
     y = DropBlockPlus()(torch.ones(2000, 1, 48, 16))
     corner_rate = 0.1 / (5 * 8) * (48 * 16) / (44 * 9)
-    # How many of the 44 x 9 corners have a block that covers a position; none of these may be one.
+    # How many corners have a block that covers a position, which is kept if none of them is drawn.
     corners = F.conv_transpose2d(torch.ones(1, 1, 44, 9), torch.ones(1, 1, 5, 8))[0, 0]
     expected = (1 - (1 - corner_rate) ** corners).mean().item()
     assert 0.09 < expected < 0.1
@@ -526,7 +526,8 @@ def test_cutout_fills_one_square_of_half_the_images_with_0(height, width, side):
             assert torch.equal(image, expected)
     assert 150 < len(corners) < 250
     assert len(set(corners)) > 100
-    assert {0, width - side} <= {column for _, column in corners}
+    columns = {column for _, column in corners}
+    assert (min(columns), max(columns)) == (0, width - side)  # inside, up to both edges
 
 
 def test_augmentation_flips_half_the_images_and_normalises():
@@ -677,6 +678,7 @@ def test_batch_norm_treats_passes_apart():
     images = random_images(8)
     outputs = Passes(network, 4)(images, (0, 0, 0))
     for i in (0, 1):
+        # One pass for each process, so that rank i makes it pass i.
         expected = Passes(alone, 4, rank=i)(images[4 * i :][:4], (0, 0, 0))
         for branch in ("global", "local"):
             torch.testing.assert_close(outputs[branch][0][4 * i :][:4], expected[branch][0])
@@ -1032,7 +1034,8 @@ def test_several_runs_have_a_mean_and_a_standard_deviation(small, run, tmp_path,
     capsys.readouterr()
     launch(evaluate, run, tmp_path, "--workers", 0)
     lines = capsys.readouterr().out.splitlines()[-4:]
-    first, second, mean, deviation = (np.float64(line.split()[-7::2]) for line in lines)
+    four_numbers = [re.findall(r"\d+\.\d+", line) for line in lines]
+    first, second, mean, deviation = np.float64(four_numbers)
     assert (first != second).any()
     np.testing.assert_allclose(mean, (first + second) / 2, atol=0.011)
     np.testing.assert_allclose(deviation, abs(first - second) / 2, atol=0.011)  # over two, not one
@@ -1238,7 +1241,7 @@ def test_what_is_no_jpeg_or_png_is_named(tmp_path, content):
 def test_pictures_are_drawn(run, tmp_path):
     pictures = tmp_path / "ranking.png", tmp_path / "attention.png"
     launch(evaluate, run, "--workers", 0, "--ranking", pictures[0], "--attention", pictures[1])
-    assert Image.open(pictures[0]).size == Image.open(pictures[1]).size  # six queries each
+    assert Image.open(pictures[0]).size == Image.open(pictures[1]).size  # six rows of six images
 
 
 @pytest.fixture
@@ -1282,7 +1285,7 @@ def test_attention_marks_the_point_and_where_it_looks(datasets, drawn):
         network, normalize(ImageDataset([path], [0], 64, 32)[0][0][None])
     )
     attention = sona.attention(features)[0].unflatten(0, (16, 8))  # (16, 8, HW)
-    cell = evaluate.TILE[0] // 8
+    cell = evaluate.TILE[0] // 8  # 14 x 14 pixels, whose centre is at 7
     for (image, _, caption), (name, (top, left)) in zip(
         marked, evaluate.POINTS.items(), strict=True
     ):
@@ -1295,7 +1298,7 @@ def test_attention_marks_the_point_and_where_it_looks(datasets, drawn):
                 assert image.getpixel(at) == (0xFF, 0x20, 0x20)
 
 
-def test_attention_needs_sona(tmp_path):
+def test_attention_needs_sona():
     with pytest.raises(ValueError, match="the network has no SONA module"):
         evaluate.sona_input(Tiny(4, "none"), torch.zeros(1, 3, 32, 16))
 

@@ -32,7 +32,8 @@ from evaluate import evaluate, progress, summary
 from losses import branch_losses, gather
 from model import DROPS, PLACEMENTS, SONANet
 
-CHECKPOINT_SECONDS = 300  # the least time between two checkpoints, except for the last
+# Between checkpoints; the first epoch of each start and the last are saved in any case.
+CHECKPOINT_SECONDS = 300
 
 
 def main() -> None:
@@ -113,8 +114,8 @@ def main() -> None:
         # not in the paper: the last epoch is reported, not the best
         last = epoch + 1 == args.epochs
         if last or (args.eval_every > 0 and (epoch + 1) % args.eval_every == 0):
-            size = args.height, args.width
-            record |= evaluate(network, query, gallery, *size, args.workers).metrics()
+            ranking = evaluate(network, query, gallery, args.height, args.width, args.workers)
+            record |= ranking.metrics()
 
         history.append(record)
         print(row(record, seconds * (args.epochs - epoch - 1)), flush=True)
@@ -195,8 +196,7 @@ class Passes(nn.Module):
         self.rank = rank
         self.fp16 = fp16
         self.recompute = recompute
-        batch_norm = nn.modules.batchnorm._BatchNorm
-        self.norms = [module for module in network.modules() if isinstance(module, batch_norm)]
+        self.norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
 
     def forward(
         self, images: Tensor, rng_key: tuple[int, int, int]
@@ -207,9 +207,11 @@ class Passes(nn.Module):
             )
         passes = images.split(self.images_per_pass)
         outputs = [None] * len(passes)
-        # The first pass runs last, while its activations are still in memory for backward.
+        # The first pass keeps its activations, so it runs last: backward begins with it, and frees
+        # them before it recomputes those of another pass.
         for i in reversed(range(len(passes))):
-            arguments = passes[i], rng_key, self.rank * len(passes) + i
+            number = self.rank * len(passes) + i  # in the whole batch
+            arguments = passes[i], rng_key, number
             if self.recompute and i > 0:
                 # A pass seeds itself, so no state of a generator needs to be kept.
                 outputs[i] = activation_checkpoint(
@@ -229,7 +231,8 @@ class Passes(nn.Module):
         """The network's outputs for pass `number` of the whole batch, counted from 0."""
         seeds = np.random.SeedSequence((*rng_key, number))  # hashes the four numbers
         torch.manual_seed(int(seeds.generate_state(1)[0]))
-        for norm in self.norms:  # running statistics are those of the whole batch's first pass
+        # Only the whole batch's first pass updates running statistics; eval mode ignores the flag.
+        for norm in self.norms:
             norm.track_running_stats = number == 0
         # Autocast per pass: one around all passes would share half-precision copies of the weights
         # and sum their gradients in half precision.
@@ -368,7 +371,8 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     add("--output", help="folder of the run [runs/DATASET]")
     add("--resume", action="store_true", help="resume the run in --output; if none, start one")
 
-    # Parsed twice: typed flags override the run's settings, these the toy's, these the paper's.
+    # Typed flags win over the run's settings, those over the toy's, those over the paper's. Parsed
+    # once to find the run, and again with its settings as defaults.
     typed = parser.parse_args()
     output = typed.output or f"runs/{typed.dataset}"
     if typed.dataset == "toy":
@@ -392,7 +396,10 @@ epoch    loss triplet  x-ent    acc triplet  x-ent    acc       lr  img/s  left"
 
 
 def row(record: dict, seconds_left: float) -> str:
-    """An epoch's line of the table that training prints, and the metrics below it, if any."""
+    """An epoch's line of the table that training prints, and the metrics below it, if any.
+
+    seconds_left are those of training, without evaluations.
+    """
     text = f"{record['epoch']:>5}{record['loss']:>8.3f}"
     for branch in ("global", "local"):
         text += f"{record[f'{branch}_triplet']:>8.3f}{record[f'{branch}_cross_entropy']:>7.3f}"

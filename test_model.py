@@ -1001,6 +1001,24 @@ def test_a_runs_folder_holds_the_checkpoint_and_the_log(run):
     assert state["settings"]["output"] == str(run)
 
 
+def test_each_epoch_draws_its_own_batches(small, datasets, tmp_path, monkeypatch):
+    batches = []
+
+    def remember(outputs, labels, margin):
+        batches.append(labels.tolist())
+        return branch_losses(outputs, labels, margin)
+
+    monkeypatch.setattr(train, "branch_losses", remember)
+    launch(train, *small, "--ids-per-batch", 2, "--epochs", 3, "--output", tmp_path)
+    labels = data.load_dataset("market1501", datasets)["train"].labels
+    sampler = IdentitySampler(labels, ids_per_batch=2, images_per_id=2)
+    expected = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        expected += [labels[batch].tolist() for batch in sampler]
+    assert batches == expected
+
+
 def test_adam_has_one_rate_and_one_decay_for_all_parameters(run):
     (group,) = checkpoint_of(run)["optimizer"]["param_groups"]
     assert (group["lr"], group["betas"]) == (learning_rate(3, 4), (0.9, 0.999))

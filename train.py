@@ -5,7 +5,7 @@
 Usage:
     python train.py                                                    # the toy, on any machine
     torchrun --nproc_per_node=4 train.py --dataset cuhk03              # the paper's run (Sec. 3.2)
-    python train.py --dataset cuhk03 --recompute --fp16                # on one GPU
+    python train.py --dataset cuhk03 --recompute                       # the same run on one GPU
     python train.py --dataset market1501 --sona 2+3 --output runs/m23  # a variant
     python train.py --dataset cuhk03 --resume                          # resume where it stopped
 """

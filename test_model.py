@@ -993,6 +993,11 @@ def test_a_run_trains_logs_and_evaluates(run):
         assert metrics & set(record) == (metrics if record["epoch"] in (1, 3) else set())
 
 
+def test_without_eval_every_only_the_last_epoch_is_evaluated(small, tmp_path):
+    launch(train, *small, "--epochs", 3, "--eval-every", 0, "--output", tmp_path)
+    assert ["mean_ap" in record for record in records_of(tmp_path)] == [False, False, True]
+
+
 def test_a_runs_folder_holds_the_checkpoint_and_the_log(run):
     assert sorted(path.name for path in run.iterdir()) == ["last.pt", "log.jsonl"]
     state = checkpoint_of(run)

@@ -170,9 +170,9 @@ def augment(images: Tensor) -> Tensor:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """(B, 3, H, W) uint8 on any device -> floats, less ImageNet's mean, over its deviation.
+    """(B, 3, H, W) uint8 on any device -> normalised floats (Sec. 3.2).
 
-    Sec. 3.2; not in the paper: whose mean and standard deviation.
+    Not in the paper: ImageNet's mean and standard deviation.
     """
     # By channel with plain numbers: a tensor of means, copied to the GPU each time, would stall it.
     red, green, blue = images.float().unbind(1)  # (B, H, W) each

@@ -58,8 +58,8 @@ def evaluate_ranking(
 
     features (N, D), ids and cams (N,) integers: arrays, lists or tensors. For each query, gallery
     images of its own identity from its own camera do not count, nor does junk (identity -1,
-    Sec. 3.1). Not in the paper: distances are Euclidean, between raw features; at equal distances a
-    true match ranks last; AP is the mean of the precisions at each true match; queries without a
+    Sec. 3.1). Not in the paper: distances are Euclidean, between raw embeddings; at equal distances
+    a true match ranks last; AP is the mean of the precisions at each true match; queries without a
     true match from another camera are left out.
 
     To copy it, take Ranking, `import numpy as np` and `from typing import NamedTuple`, too.
@@ -117,8 +117,8 @@ def extract_features(
     """(N, 1536) test embeddings of images: the mean over an image and its mirror image (Sec. 3.2).
 
     height and width are in pixels; returns a float32 array. Under torch.distributed, the processes
-    share the images, all use the first one's batch-norm statistics, and each returns all features.
-    Leaves the network in eval mode. Raises OSError if an image cannot be read.
+    share the images, all use the first one's batch-norm statistics, and each returns all
+    embeddings. Leaves the network in eval mode. Raises OSError if an image cannot be read.
     """
     device = next(network.parameters()).device
     rank = 0

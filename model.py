@@ -89,8 +89,8 @@ class DropBlockPlus(nn.Module):
     would be dropped if no blocks overlapped. DropBlock's own gamma is the rate of blocks' corners;
     at 0.1, that would drop 78 % of the map.
 
-    Nor are these in the paper: blocks lie inside the map, and one larger than the map is clipped to
-    it. All channels of an image share one mask. What remains is divided by the mean of all masks in
+    Also not in the paper: blocks lie inside the map, and one larger than the map is clipped to it.
+    All channels of an image share one mask. What remains is divided by the mean of all masks in
     the pass. Identity in eval mode.
     """
 
@@ -106,7 +106,7 @@ class DropBlockPlus(nn.Module):
         height, width = x.shape[2:]
         block_height = min(self.block_height, height)
         block_width = min(self.block_width, width)
-        # A block lies inside the map: its top left corner has rows x columns positions. At
+        # A block lies inside the map: its corner, at the top left, has rows x columns positions. At
         # corner_rate, as many blocks are dropped as would cover drop_rate of the map if none
         # overlapped (Ghiasi et al. 2018, Eq. 1).
         rows = height - block_height + 1
@@ -126,7 +126,7 @@ class DropBlockPlus(nn.Module):
 class BatchDropBlock(nn.Module):
     """BFE's drop layer: (B, C, H, W) -> same (BL+BFE, Sec. 3.4).
 
-    Not in the paper: one rectangle for all images of a forward pass. The ratios are its height
+    Not in the paper: one rectangle for all images of a pass. The ratios are its height
     and width as shares of the map's, rounded down to positions. Identity in eval mode.
     """
 
@@ -227,7 +227,7 @@ class SONANet(nn.Module):
             nn.init.normal_(classifier.weight, std=0.001)
             nn.init.zeros_(classifier.bias)
 
-        if weights is not None:  # the backbone's layers are self's: loading one fills the other
+        if weights is not None:  # self shares the backbone's layers: loading fills both
             load_initial_weights(self, backbone, weights)
 
     def forward(self, images: Tensor) -> Tensor | dict[str, tuple[Tensor, Tensor]]:
@@ -273,7 +273,7 @@ def dilated_resnet50() -> ResNet:
 
 
 def load_initial_weights(network: SONANet, backbone: ResNet, weights: str | Path) -> None:
-    """Loads what `weights` of SONANet means: a ResNet-50's into the backbone, or a whole run's."""
+    """Loads a ResNet-50's weights into the backbone, or a run's, but for its classifiers."""
     if weights == "imagenet":  # not in the paper: which ImageNet weights; V1 are of its time
         state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
     else:

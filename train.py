@@ -40,7 +40,6 @@ def main() -> None:
     args, checkpoint = parse_args()
     device, rank, processes = start_process()
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
 
     # data
     splits = load_dataset(args.dataset, args.data_dir)
@@ -90,6 +89,7 @@ def main() -> None:
         print(f"resuming after {len(history)} epochs of {args.epochs}")
     print(f"\n{HEADER}")
 
+    output.mkdir(parents=True, exist_ok=True)
     last_saved = -math.inf  # so that the first epoch of each start is saved
     for epoch in range(len(history), args.epochs):
         lr = learning_rate(epoch, args.epochs, args.lr)
@@ -326,7 +326,7 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
         "--ids-per-batch",
         type=int,
         default=32,
-        help="identities per batch, summed over all processes [%(default)s]",
+        help="identities per batch, all processes together [%(default)s]",
     )
     add("--images-per-id", type=int, default=4, help="images per identity [%(default)s]")
     add(
@@ -347,14 +347,14 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
         "--images-per-pass",
         type=int,
         default=32,
-        help="images per forward pass, over which batch norm takes its statistics [%(default)s]",
+        help="images per pass, over which batch norm takes its statistics [%(default)s]",
     )
     add(
         "--recompute",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="recompute activations during backward: "
-        "with four passes, a third of the memory for a quarter more work",
+        "with four passes, a third of the memory, but a quarter more computation",
     )
     add(
         "--fp16",
@@ -371,8 +371,8 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     add("--output", help="folder of the run [runs/DATASET]")
     add("--resume", action="store_true", help="resume the run in --output; if none, start one")
 
-    # Typed flags win over the run's settings, those over the toy's, those over the paper's. Parsed
-    # once to find the run, and again with its settings as defaults.
+    # Flags on the command line override the run's settings, these the toy's, and these the paper's.
+    # Parsed once to find the run, and again with its settings as defaults.
     typed = parser.parse_args()
     output = typed.output or f"runs/{typed.dataset}"
     if typed.dataset == "toy":

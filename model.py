@@ -86,8 +86,8 @@ class DropBlockPlus(nn.Module):
     """DropBlock with separate block height and width: (B, C, H, W) -> same (Sec. 2.1, 3.2).
 
     drop_rate is the paper's gamma, 0.1. Not in the paper: it is read as the share of positions that
-    would be dropped if no blocks overlapped. DropBlock's own gamma is the rate of blocks' corners;
-    at 0.1, that would drop 78 % of the map.
+    would be dropped if no blocks overlapped. DropBlock's own gamma is the rate at which blocks are
+    drawn; at 0.1, that would drop 78 % of the map.
 
     Also not in the paper: blocks lie inside the map, and one larger than the map is clipped to it.
     All channels of an image share one mask. What remains is divided by the mean of all masks in
@@ -164,7 +164,7 @@ PLACEMENTS = {
 
 # The local branch's drop layer: BL, BL+DB, BL+DB+ and BL+BFE (Table 5).
 # Not in the paper: blocks of 7 x 7 in BL+DB, which here has one mask for all channels, unlike the
-# original; the ratios of BL+BFE, which are those of BFE's code until March 2019.
+# original; the ratios of BL+BFE, which are BFE's of early 2019.
 DROPS = {
     "none": nn.Identity,
     "dropblock": partial(DropBlockPlus, block_height=7, block_width=7),

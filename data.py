@@ -174,7 +174,7 @@ def normalize(images: Tensor) -> Tensor:
 
     Not in the paper: ImageNet's mean and standard deviation.
     """
-    # By channel with plain numbers: a tensor of means, copied to the GPU each time, would stall it.
+    # Plain numbers: copying a tensor of means to the GPU would make the CPU wait in each pass.
     red, green, blue = images.float().unbind(1)  # (B, H, W) each
     red = (red - 255 * 0.485) / (255 * 0.229)
     green = (green - 255 * 0.456) / (255 * 0.224)
@@ -283,7 +283,7 @@ def draw_toy(folder: Path) -> None:
             target.mkdir(parents=True)
             for person, camera, i in product(people, (1, 2, 3, 4), numbers):
                 draw_pedestrian(person, camera, i).save(target / f"{person:04d}_c{camera}_{i}.png")
-        with suppress(OSError):  # another process has drawn it meanwhile; it is only there whole
+        with suppress(OSError):  # another process was first; its toy is whole, renamed like this
             Path(scratch, "toy").rename(folder)
 
 

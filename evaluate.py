@@ -89,16 +89,16 @@ def evaluate_ranking(
     valid = gallery_ids != -1  # junk does not count
     slab = max(1, 2**23 // len(gallery))  # queries at a time: 32 MB of distances in float32
     for start in range(0, len(queries), slab):
-        # |q - g|^2 / 2 less |q|^2 / 2, which is the same for all g, ranks as the distance does.
-        distances = half_norms - queries[start : start + slab] @ gallery.T  # (slab, gallery)
-        if not np.isfinite(distances).all():
+        # Keys that sort as distances do: |q - g|^2 / 2 less |q|^2 / 2, the same for all g.
+        keys = half_norms - queries[start : start + slab] @ gallery.T  # (slab, gallery)
+        if not np.isfinite(keys).all():
             raise ValueError("the features hold nan, inf or numbers too large to square")
-        for i, row in enumerate(distances, start):
+        for i, row in enumerate(keys, start):
             same_id = gallery_ids == query_ids[i]
             matches = np.sort(row[valid & same_id & (gallery_cams != query_cams[i])])
-            others = np.sort(row[valid & ~same_id])
             if len(matches) == 0:
                 continue
+            others = np.sort(row[valid & ~same_id])
             # A match's rank, from 0: the others that are nearer or as near, and the matches before.
             ranks = np.searchsorted(others, matches, side="right") + np.arange(len(matches))
             average_precisions[i] = np.mean(np.arange(1, len(matches) + 1) / (ranks + 1))
@@ -135,7 +135,7 @@ def extract_features(
     features = []
     loader = DataLoader(dataset, batch_size=64, num_workers=workers)
     for i, (images, _) in enumerate(loader):
-        progress(f"image {64 * i} of {share}")
+        progress(f"image {loader.batch_size * i} of {share}")
         images = normalize(images.to(device))
         embeddings = network(torch.cat([images, images.flip(3)]))  # (2B, 1536)
         features.append(embeddings.unflatten(0, (2, -1)).mean(0))
@@ -182,9 +182,9 @@ def main() -> None:
     args = parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs = [load_run(run, device) for run in args.runs]
-    _, settings = runs[-1]  # which the pictures show, too
-    name = args.dataset or settings["dataset"]
-    splits = load_dataset(name, args.data_dir or settings["data_dir"])
+    _, last = runs[-1]  # settings of the last run, which the pictures show, too
+    name = args.dataset or last["dataset"]
+    splits = load_dataset(name, args.data_dir or last["data_dir"])
     _, query, gallery = splits.values()
     print(describe(name, splits) + "\n")
 
@@ -209,6 +209,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
+    """The runs and flags of the command line."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s RUN [RUN ...] [options]",
         description="Evaluate trained runs: mAP, Rank-1, Rank-5 and Rank-10 of single queries.",
@@ -293,18 +294,18 @@ def draw_attention(
     for path in paths:
         image = TF.resize(read_image(path), [height, width])
         sona, features = sona_input(network, normalize(image[None].to(device)))
-        rows, columns = features.shape[2:]
-        positions = rows * columns
+        map_height, map_width = features.shape[2:]
+        positions = map_height * map_width
         relative = positions * sona.attention(features)[0].cpu()  # (HW, HW), 1 where uniform
         photo = thumbnail(path)
         row = [(photo, "white", "")]
         for name, (top, left) in POINTS.items():
-            point = int(top * rows) * columns + int(left * columns)
+            point = int(top * map_height) * map_width + int(left * map_width)
             values, strongest = relative[point].topk(min(10, positions))
             marked = photo.copy()
             for position in [*strongest.tolist(), point]:
-                x = (position % columns + 0.5) / columns * TILE[0]
-                y = (position // columns + 0.5) / rows * TILE[1]
+                x = (position % map_width + 0.5) / map_width * TILE[0]
+                y = (position // map_width + 0.5) / map_height * TILE[1]
                 colour = "#20e040" if position == point else "#ff2020"
                 ImageDraw.Draw(marked).ellipse((x - 4, y - 4, x + 4, y + 4), colour, "black")
             row.append((marked, "white", f"{name}\n{100 * (values[0] - 1):+.2g} %"))
@@ -333,6 +334,7 @@ def sona_input(network: nn.Module, images: Tensor) -> tuple[SONA, Tensor]:
 
 
 def thumbnail(path: str | Path) -> Image.Image:
+    """An image, as large as a TILE."""
     return TF.to_pil_image(read_image(path)).resize(TILE)
 
 

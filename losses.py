@@ -55,8 +55,8 @@ def branch_losses(
     parts are detached scalars: the loss, and each branch's triplet loss, cross-entropy and accuracy
     (the share of images classified correctly). Not in the paper: smoothing 0.1 (Szegedy et al.
     2016), weight 1 for each of the four losses, and under DistributedDataParallel triplets mined
-    over the whole batch, as with DataParallel. The other parts are of this process's images, so
-    that the mean over processes is the whole batch's.
+    over the whole batch, as with DataParallel. Cross-entropies and accuracies are then of this
+    process's images; their mean over processes is the whole batch's.
     """
     all_labels = gather(labels)
     terms = {}

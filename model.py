@@ -35,9 +35,10 @@ class SONA(nn.Module):
         z = softmax(Sigma / sqrt(d)) g(x)                                            (2)
         SONA(x) = x + p(z)                                                           (3)
 
-    I - 11^T / d is idempotent: it subtracts a vector's own mean. With theta_c = theta minus its
-    mean over channels, Sigma = theta_c theta_c^T / d, so Eq. 2 is scaled-dot-product attention with
-    query = key = theta_c, value = g(x) and scale d^-1.5. It needs no (HW, HW) matrix in memory.
+    I - 11^T / d is symmetric and idempotent: it subtracts a vector's own mean. With theta_c = theta
+    minus its mean over channels, Sigma = theta_c theta_c^T / d, so Eq. 2 is scaled-dot-product
+    attention with query = key = theta_c, value = g(x) and scale d^-1.5. It needs no (HW, HW) matrix
+    in memory.
     """
 
     def __init__(self, channels: int, reduction: int = 2) -> None:
@@ -163,8 +164,8 @@ PLACEMENTS = {
 }
 
 # The local branch's drop layer: BL, BL+DB, BL+DB+ and BL+BFE (Table 5).
-# Not in the paper: blocks of 7 x 7 in BL+DB, which here has one mask for all channels, unlike the
-# original; the ratios of BL+BFE, which are BFE's of early 2019.
+# Not in the paper: BL+DB's blocks of 7 x 7 and its one mask for all channels (the original has one
+# for each); BL+BFE's ratios, those of BFE's code of early 2019.
 DROPS = {
     "none": nn.Identity,
     "dropblock": partial(DropBlockPlus, block_height=7, block_width=7),
@@ -197,7 +198,6 @@ class SONANet(nn.Module):
         weights: str | Path | None = None,
     ) -> None:
         super().__init__()
-
         placement = PLACEMENTS[sona]
 
         def sona_after(place: str, channels: int) -> nn.Module:
@@ -227,7 +227,7 @@ class SONANet(nn.Module):
             nn.init.normal_(classifier.weight, std=0.001)
             nn.init.zeros_(classifier.bias)
 
-        if weights is not None:  # self shares the backbone's layers: loading fills both
+        if weights is not None:  # the stages above are the backbone's own: loading it loads them
             load_initial_weights(self, backbone, weights)
 
     def forward(self, images: Tensor) -> Tensor | dict[str, tuple[Tensor, Tensor]]:
@@ -273,7 +273,10 @@ def dilated_resnet50() -> ResNet:
 
 
 def load_initial_weights(network: SONANet, backbone: ResNet, weights: str | Path) -> None:
-    """Loads a ResNet-50's weights into the backbone, or a run's, but for its classifiers."""
+    """Loads a ResNet-50's weights into the backbone, or a run's into the network.
+
+    Classifiers are left out.
+    """
     if weights == "imagenet":  # not in the paper: which ImageNet weights; V1 are of its time
         state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
     else:

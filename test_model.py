@@ -136,7 +136,7 @@ def test_sona_never_holds_the_attention_matrix():
     x = torch.randn(1, 16, 48, 16, requires_grad=True)
     with Sizes():
         sona(x).sum().backward()
-    assert x.numel() <= max(sizes) < 768 * 768 / 4  # the map was seen, and no (HW, HW)
+    assert x.numel() <= max(sizes) < 768 * 768  # the map was seen, and no (HW, HW)
 
 
 # ---------- Drop layers (Sec. 2.1, 3.4) -----------------------------------------------------------
@@ -392,6 +392,11 @@ def test_triplet_loss_without_distances_positives_or_negatives(
     assert embeddings.grad.isfinite().all()
 
 
+def test_triplet_loss_refuses_labels_of_another_shape():
+    with pytest.raises(ValueError, match=r"expected \(B, D\) and \(B,\)"):
+        batch_hard_triplet_loss(torch.ones(4, 5), torch.zeros(1))
+
+
 def test_triplet_loss_is_in_float32_and_exact_far_from_the_origin():
     labels = torch.tensor([0, 1, 2, 3] * 3)
     embeddings = torch.randint(-8, 8, (12, 5)) / 4  # bfloat16 and float32 hold them exactly
@@ -546,12 +551,12 @@ LABELS = [label for label in range(10) for _ in range(2 + label % 4)]  # identit
 
 def test_a_batch_is_p_identities_of_k_images_and_an_epoch_has_each_identity_once():
     sampler = IdentitySampler(LABELS, ids_per_batch=3, images_per_id=4)
-    batches = np.reshape(list(sampler), (-1, 4))  # (identities of the epoch, K)
-    assert len(batches) == 3 * len(sampler) == 3 * (10 // 3)
-    people = [{LABELS[image] for image in images} for images in batches]
+    drawn = np.reshape(list(sampler), (-1, 4))  # a row for each identity: its K images
+    assert len(drawn) == 3 * len(sampler) == 3 * (10 // 3)
+    people = [{LABELS[image] for image in images} for images in drawn]
     assert all(len(identity) == 1 for identity in people)
     assert len(set.union(*people)) == 9
-    for images in batches:  # none twice where there are enough
+    for images in drawn:  # none twice where there are enough
         assert len(set(images)) == 4 or LABELS.count(LABELS[images[0]]) < 4
 
 
@@ -788,8 +793,8 @@ def test_a_collapsed_network_does_not_score():
 def test_ranking_in_several_slabs_is_the_same_ranking():
     arguments = random_ranking(queries=1000, gallery=10_000, ids=3000)
     whole = evaluate_ranking(**arguments).average_precisions  # in slabs of 838 queries
-    half = {name: x[600:] if "query" in name else x for name, x in arguments.items()}
-    np.testing.assert_array_equal(whole[600:], evaluate_ranking(**half).average_precisions)
+    tail = {name: x[600:] if "query" in name else x for name, x in arguments.items()}
+    np.testing.assert_array_equal(whole[600:], evaluate_ranking(**tail).average_precisions)
 
 
 @pytest.mark.parametrize(("middle", "spread"), [(1000, 1.8), (3000, 1.8), (0.3, 1e-5)])
@@ -855,7 +860,7 @@ class Tiny(nn.Module):
 
     def __init__(self, num_classes, sona="2", drop="dropblock+", weights=None):
         super().__init__()
-        attention = next(iter(PLACEMENTS[sona].values()), nn.Identity)(8)
+        attention = next(iter(PLACEMENTS[sona].values()), nn.Identity)(8)  # the first, if any
         self.trunk = nn.Sequential(
             nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8), nn.LeakyReLU(), attention
         )
@@ -1058,7 +1063,7 @@ def test_several_runs_have_a_mean_and_a_standard_deviation(small, run, tmp_path,
     launch(evaluate, run, tmp_path, "--workers", 0)
     lines = capsys.readouterr().out.splitlines()[-4:]
     four_numbers = [re.findall(r"\d+\.\d+", line) for line in lines]
-    first, second, mean, deviation = np.float64(four_numbers)
+    first, second, mean, deviation = np.array(four_numbers, dtype=float)
     assert (first != second).any()
     np.testing.assert_allclose(mean, (first + second) / 2, atol=0.011)
     np.testing.assert_allclose(deviation, abs(first - second) / 2, atol=0.011)  # over two, not one
@@ -1103,9 +1108,8 @@ def test_a_run_that_is_killed_and_resumed_is_the_same_run(small, tmp_path, monke
     output = tmp_path / "killed"
     log = output / "log.jsonl"
     rng = random.Random(processes)
-    for epochs in (1, 5, 15, 30):
-        workers = ["--workers", int(epochs == 15)]
-        running = start(train, [*command, output, *workers], processes).processes
+    for epochs, workers in ((1, 0), (5, 0), (15, 1), (30, 0)):
+        running = start(train, [*command, output, "--workers", workers], processes).processes
         while running[0].is_alive() and not (log.exists() and log.read_text().count("\n") > epochs):
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.1))
@@ -1196,7 +1200,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(small, tmp_path, monkeypatch):
 
 
 def test_weights_that_are_not_finite_end_the_run(small, tmp_path):
-    with pytest.raises(FloatingPointError, match="or weights are not finite; lower --lr"):
+    with pytest.raises(FloatingPointError, match="weights are not finite; lower --lr"):
         launch(train, *small, "--lr", 1e39, "--epochs", 2, "--output", tmp_path)
     assert not any(tmp_path.iterdir())
 

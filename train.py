@@ -107,8 +107,8 @@ def main() -> None:
         weights_finite = all(x.isfinite().all() for x in network.state_dict().values())
         if not (math.isfinite(record["loss"]) and weights_finite):
             raise FloatingPointError(
-                f"epoch {epoch}: the loss is {record['loss']}, or weights are not finite; "
-                "lower --lr"
+                f"epoch {epoch}: the loss is {record['loss']}, "
+                f"weights are {'' if weights_finite else 'not '}finite; lower --lr"
             )
 
         # not in the paper: the last epoch is reported, not the best
@@ -203,7 +203,8 @@ class Passes(nn.Module):
     ) -> dict[str, tuple[Tensor, Tensor]]:
         if len(images) > self.images_per_pass and len(images) % self.images_per_pass:
             raise ValueError(
-                f"--images-per-pass {self.images_per_pass} must divide a process's {len(images)}"
+                f"--images-per-pass {self.images_per_pass} must divide "
+                f"a process's {len(images)} images"
             )
         passes = images.split(self.images_per_pass)
         outputs = [None] * len(passes)
@@ -384,7 +385,7 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     if not typed.resume:
         parser.error(f"{output} holds a run; --resume resumes it, --output names another folder")
     checkpoint = torch.load(last, map_location="cpu", weights_only=True)
-    parser.set_defaults(**checkpoint["settings"] | {"output": output})
+    parser.set_defaults(**{**checkpoint["settings"], "output": output})
     return parser.parse_args(), checkpoint
 
 

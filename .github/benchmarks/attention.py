@@ -232,7 +232,7 @@ def draw(runs: list[str], data_dir: str | None, query: int) -> Image.Image:
         captions.append(f"scale d^{power:.1f}")
     photo = TF.to_pil_image(read_image(path)).resize(PANEL)
     column_width = PANEL[0] + 8
-    row_height = PANEL[1] + 52
+    row_height = PANEL[1] + 68
     size = (column_width * len(POINTS) + 8, row_height * len(runs) + 48)
     picture = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(picture)
@@ -242,7 +242,7 @@ def draw(runs: list[str], data_dir: str | None, query: int) -> Image.Image:
         for j, (name, weights) in enumerate(row.items()):
             left = 8 + j * column_width
             picture.paste(panel(photo, share_of_scale(weights), POINTS[name]), (left, top + 28))
-            below = f"{name}: {weights.min():.2g} to {weights.max():.3g}"
+            below = f"{name}\n{weights.min():.2g} to {weights.max():.3g}"
             pen.text((left, top + PANEL[1] + 30), below, "black", font_size=12)
 
     # the common scale
